@@ -1,0 +1,83 @@
+# The whole project is driven from here; `make help` lists what there is.
+
+# A Python of 3.11 or 3.12 that can make virtual environments, and the build of torch for this machine.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+# --- serve -----------------------------------------------------------------------------------------------------------
+
+serve: .venv/.ready  ## Set up, start tritonserver, load the models, stream a first answer (CHECKPOINT=, HTTP_PORT=, ...)
+	@exec .venv/bin/python -m backend.serve \
+	    $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(HTTP_PORT),--http-port '$(HTTP_PORT)') \
+	    $(if $(GRPC_PORT),--grpc-port '$(GRPC_PORT)') $(if $(METRICS_PORT),--metrics-port '$(METRICS_PORT)')
+
+# --- set-up, checks, tests -------------------------------------------------------------------------------------------
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: serve setup check test lock clean help
+
+# The server binary comes with a wheel unless an installed tritonserver is there.
+SERVER_LOCKS := requirements/server.txt $(if $(wildcard /opt/tritonserver/bin/tritonserver),,requirements/triton.txt)
+PIP := .venv/bin/python -m pip --disable-pip-version-check --no-input
+# Leaves one line per large download, and whatever is unusual; an index of the user's own that lacks a package is not.
+BRIEFLY := 2>&1 | sed --unbuffered --regexp-extended \
+    --expression '/^(Looking in|Collecting|Processing|Requirement already|Successfully|  Using cached)/d' \
+    --expression '/^ +(Attempting uninstall|Found existing|Uninstalling|Successfully uninstalled)/d' \
+    --expression '/^WARNING: Location .* is ignored: it is neither/d' \
+    --expression '/^ +Downloading .*(kB|bytes)\)$$/d' --expression 's/^ +Downloading /    /' --expression 's/^Installing collected packages.*/    installing/'
+UV := uv==0.13.9
+
+setup: .venv/.ready-tests  ## Make .venv with everything, without running anything
+
+check: .venv/.ready-tests  ## Formatting, lint, types and house rules
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/pytest tests/unit/test_house_rules.py
+
+test: .venv/.ready-tests  ## Every test that needs no GPU
+	.venv/bin/pytest --durations=10 --durations-min=2
+
+.venv/bin/python:
+	@command -v '$(PYTHON)' > /dev/null || { echo "make: no '$(PYTHON)' here: install Python 3.11 or 3.12, or name one, as in make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 12) else f"make: Python 3.11 or 3.12 is needed and $(PYTHON) is {v[0]}.{v[1]}: name one, as in make PYTHON=/path/to/python3.11")'
+	@'$(PYTHON)' -c 'import ensurepip, venv' 2> /dev/null || { echo "make: $(PYTHON) cannot make virtual environments: install its venv package (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo "set-up: making .venv with $$('$(PYTHON)' --version)"
+	@'$(PYTHON)' -m venv --clear .venv
+
+.venv/.ready: requirements/server.txt requirements/triton.txt pyproject.toml | .venv/bin/python
+	@rm -f .venv/.ready .venv/.ready-tests
+	@echo "set-up: $(TORCH)"
+	@$(PIP) install --progress-bar off '$(TORCH)' $(BRIEFLY)
+	@echo "set-up: $(SERVER_LOCKS)"
+	@$(PIP) install --progress-bar off --require-hashes $(addprefix --requirement ,$(SERVER_LOCKS)) $(BRIEFLY)
+	@.venv/bin/python -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "nemo-triton.pth").write_text(f"{pathlib.Path.cwd()}\n")'
+	@$(PIP) check > .venv/pip-check.txt || { cat .venv/pip-check.txt >&2; exit 1; }
+	@touch $@
+
+.venv/.ready-tests: requirements/tests.txt .venv/.ready
+	@echo "set-up: requirements/tests.txt"
+	@$(PIP) install --progress-bar off --require-hashes --requirement requirements/tests.txt $(BRIEFLY)
+	@$(PIP) check > .venv/pip-check.txt || { cat .venv/pip-check.txt >&2; exit 1; }
+	@touch $@
+
+# One resolution of everything first; the smaller files are held to its versions.
+lock: | .venv/bin/python  ## Write requirements/*.txt anew from the pins in pyproject.toml (UPGRADE=1: newer indirect ones)
+	@$(PIP) install --progress-bar off $(UV) $(BRIEFLY)
+	@compile() { \
+	    .venv/bin/uv pip compile pyproject.toml --quiet --generate-hashes --no-emit-package torch --no-annotate \
+	        --python-platform x86_64-manylinux_2_35 --python-version 3.11 --custom-compile-command 'make lock' --output-file "requirements/$$1.txt" "$${@:2}"; \
+	    echo "requirements/$$1.txt: $$(grep --count '==' "requirements/$$1.txt") packages"; \
+	}; \
+	compile tests --extra tests --extra triton --no-emit-package nvidia-pytriton $(if $(UPGRADE),--upgrade); \
+	for extra in client server triton; do compile "$$extra" --extra "$$extra" --constraint requirements/tests.txt; done
+
+clean:  ## Remove .venv and what the tools left behind
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s%s\n", $$1, $$2 }' Makefile

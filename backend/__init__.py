@@ -1,0 +1,1 @@
+"""Everything that runs inside the server: the supervisor, the three models, the engine."""

@@ -1,0 +1,86 @@
+"""What the engine says about its requests: new ids, endings, failures, and how busy it is."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from backend.engine.text_stream import TextCut
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended, as clients see it."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+
+
+class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The end of one sequence. `stop_reason` is the stop string, the stop id in decimal, or empty.
+
+    Times are nanoseconds of the monotonic clock, 0 when the moment never came.
+    """
+
+    reason: FinishReason
+    stop_reason: str
+    num_input_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+    arrival_time_ns: int
+    first_scheduled_time_ns: int
+    first_token_time_ns: int
+    last_token_time_ns: int
+
+
+class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """New ids of one sequence and the text that may be sent because of them.
+
+    `text_ids`, `text_skip_bytes`, `text_take_bytes` are a TextCut. `is_closed`: nothing may be joined behind these ids in the
+    same response, because they end in a control id. `finish` comes with the last event of a sequence, exactly once;
+    `is_request_end` with the last of all its request's sequences.
+    """
+
+    handle: int
+    sequence_index: int
+    token_ids: tuple[int, ...]
+    text_ids: tuple[int, ...]
+    text_skip_bytes: int
+    text_take_bytes: int
+    is_closed: bool
+    finish: Finish | None
+    is_request_end: bool = False
+
+    @property
+    def text(self) -> TextCut:
+        """The text part."""
+        return TextCut(self.text_ids, self.text_skip_bytes, self.text_take_bytes)
+
+
+class FailureKind(StrEnum):
+    """Which error of backend.errors a failed request is answered with."""
+
+    QUEUE_FULL = "queue_full"
+    DEADLINE = "deadline"
+    CANCELLED = "cancelled"
+    ENGINE = "engine"
+
+
+class RequestFailed(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A request that ends without (further) tokens: the only answer to it, for all its sequences."""
+
+    handle: int
+    kind: FailureKind
+    message: str
+
+
+class EngineStats(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How busy the engine is after a step."""
+
+    num_requests_running: int
+    num_requests_waiting: int
+    num_pages: int
+    num_pages_held: int
+    num_steps: int

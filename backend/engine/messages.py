@@ -1,0 +1,96 @@
+"""What the engine's process and its owner say to each other: one MessagePack frame a message, typed on both sides.
+
+Nothing is pickled, so neither side can make the other run code.
+"""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+
+import msgspec
+
+from backend.engine.events import EngineStats, RequestFailed, TokenEvent
+from backend.engine.request import GenerationRequest
+from backend.settings import Settings
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """First message to the process: what to serve."""
+
+    settings: Settings
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """Queue a request that has been validated."""
+
+    request: GenerationRequest
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Take back the request with this handle."""
+
+    handle: int
+
+
+class AbortRequestId(msgspec.Struct, frozen=True, tag=True):
+    """Take back every request that its client named `request_id`."""
+
+    request_id: str
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """Progress while loading: what, and how many of how many bytes."""
+
+    what: str
+    bytes_done: int
+    bytes_total: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The engine serves: the bounds requests are validated against, and a description for log and metadata."""
+
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    num_pages: int
+    description: dict[str, str]
+
+
+class Step(msgspec.Struct, frozen=True, tag=True):
+    """Everything one turn of the loop has to say, for all sequences at once."""
+
+    tokens: tuple[TokenEvent, ...]
+    failed: tuple[RequestFailed, ...]
+    stats: EngineStats
+
+
+class Fatal(msgspec.Struct, frozen=True, tag=True):
+    """The engine cannot start or go on; the process ends after this. `is_config` tells a ConfigError from a failure."""
+
+    message: str
+    is_config: bool
+
+
+ToEngine = Start | Submit | Abort | AbortRequestId
+FromEngine = Loading | Ready | Step | Fatal
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+def send(connection: Connection, message: ToEngine | FromEngine) -> None:
+    """Write one message; OSError when the other side is gone."""
+    connection.send_bytes(_encoder.encode(message))
+
+
+def receive_in_engine(connection: Connection) -> ToEngine:
+    """Read one message of the owner; EOFError when it is gone."""
+    message: ToEngine = _to_engine.decode(connection.recv_bytes())
+    return message
+
+
+def receive_from_engine(connection: Connection) -> FromEngine:
+    """Read one message of the engine; EOFError when it is gone."""
+    message: FromEngine = _from_engine.decode(connection.recv_bytes())
+    return message

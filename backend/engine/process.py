@@ -1,0 +1,158 @@
+"""The engine as a process of its own: a device fault or a crash ends this process and nothing else.
+
+    main thread     the engine loop
+    reader          messages of the owner -> the loop's inbox; end of file ends the process
+    writer          the loop's events -> messages, so that a slow owner never holds up a step
+
+Started by EngineProcess (engine_process.py) with the number of an inherited socket. SIGINT is ignored (Ctrl-C reaches the
+whole terminal group); SIGTERM takes every request back, which is how a supervisor ends a drain; the death of the owner
+kills this process at once, so that no orphan keeps a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from backend.checkpoint.vocabulary import read_vocabulary
+from backend.engine import messages
+from backend.engine.engine import Engine
+from backend.engine.events import EngineStats, RequestFailed, TokenEvent
+from backend.engine.plan import PAGE_TOKENS
+from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
+from backend.errors import ConfigError
+from backend.logs import start_logging
+from backend.runner.select import make_runner
+from backend.settings import Settings
+
+log = logging.getLogger("nemo.engine")
+_PR_SET_PDEATHSIG = 1
+_STATS_PERIOD_S = 0.1
+
+
+class Outbox:
+    """Messages to the owner, written by a thread of their own in the order they were put."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._queue: queue.SimpleQueue[messages.FromEngine | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="writer", daemon=True)
+        self._last_stats: EngineStats | None = None
+        self._last_stats_s = 0.0
+        self._thread.start()
+
+    def put(self, message: messages.FromEngine) -> None:
+        """Queue one message."""
+        self._queue.put(message)
+
+    def put_step(self, events: list[Event], stats: EngineStats) -> None:
+        """Queue the events of one turn; a turn without events is told only when the engine's load changed, ten times a second."""
+        now_s = time.monotonic()
+        is_idle = stats.num_requests_running == stats.num_requests_waiting == 0
+        is_news = stats != self._last_stats and (is_idle or now_s - self._last_stats_s >= _STATS_PERIOD_S)
+        if not events and not is_news:
+            return
+        self._last_stats, self._last_stats_s = stats, now_s
+        tokens = tuple(event for event in events if isinstance(event, TokenEvent))
+        failed = tuple(event for event in events if isinstance(event, RequestFailed))
+        self._queue.put(messages.Step(tokens, failed, stats))
+
+    def close(self) -> None:
+        """Write what is queued, then end the thread."""
+        self._queue.put(None)
+        self._thread.join(timeout=5)
+
+    def _write(self) -> None:
+        while (message := self._queue.get()) is not None:
+            try:
+                messages.send(self._connection, message)
+            except OSError:
+                os._exit(1)  # the owner is gone: nobody is left to serve
+
+
+def build_engine(settings: Settings, outbox: Outbox) -> Engine:
+    """Load everything `settings` names and tell the owner the bounds of requests; ConfigError when it cannot be served."""
+    vocabulary = read_vocabulary(Path(settings.checkpoint))
+    served = make_runner(settings, lambda what, done, total: outbox.put(messages.Loading(what, done, total)))
+    if len(vocabulary.token_bytes) != served.vocab_size:
+        raise ConfigError(
+            f"{settings.checkpoint}: the tokenizer has {len(vocabulary.token_bytes)} tokens, the model's vocabulary "
+            f"{served.vocab_size}; they belong to different checkpoints"
+        )
+    # A longer request would wait at the head of the queue for ever.
+    assert served.max_model_len <= served.runner.num_pages * PAGE_TOKENS, (
+        "the KV pages hold every request that is allowed"
+    )
+    limits = SchedulerLimits(
+        num_pages=served.runner.num_pages,
+        max_num_seqs=served.runner.max_num_seqs,
+        max_step_tokens=settings.max_step_tokens,
+        max_queued_requests=settings.max_queued_requests,
+        default_deadline_ms=settings.default_deadline_ms,
+    )
+    scheduler = Scheduler(limits, vocabulary.token_bytes, vocabulary.eos_id)
+    outbox.put(
+        messages.Ready(
+            served.vocab_size,
+            served.max_model_len,
+            limits.max_num_seqs,
+            limits.num_pages,
+            served.runner.describe() | served.description,
+        )
+    )
+    return Engine(scheduler, served.runner, outbox.put_step)
+
+
+def read_orders(connection: Connection, engine: Engine) -> None:
+    """Pass the owner's messages on until it closes the connection (or one cannot be read), then end the engine."""
+    try:
+        while True:
+            message = messages.receive_in_engine(connection)
+            if isinstance(message, messages.Submit):
+                engine.submit(message.request)
+            elif isinstance(message, messages.Abort):
+                engine.abort(message.handle)
+            elif isinstance(message, messages.AbortRequestId):
+                engine.abort_request_id(message.request_id)
+    except (EOFError, OSError):
+        log.debug("the owner closed the connection")
+    finally:
+        engine.stop()
+
+
+def main(file_descriptor: int) -> int:
+    """Serve the owner at the other end of the socket; the exit status is 0 only after it closed the connection."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    connection = Connection(file_descriptor)
+    start = messages.receive_in_engine(connection)
+    assert isinstance(start, messages.Start), "the first message says what to serve"
+    start_logging(start.settings.log_level)
+    outbox = Outbox(connection)
+    try:
+        engine = build_engine(start.settings, outbox)
+        signal.signal(signal.SIGTERM, lambda *_: engine.abort_all())
+        threading.Thread(target=read_orders, args=(connection, engine), name="reader", daemon=True).start()
+        engine.run()
+    except Exception as error:  # the last stop of this process: say what happened, then end it
+        is_config = isinstance(error, ConfigError)
+        log.error("%s", error, exc_info=not is_config)
+        outbox.put(messages.Fatal(f"{type(error).__name__}: {error}" if not is_config else str(error), is_config))
+        outbox.close()
+        return 1
+    outbox.close()
+    return 0
+
+
+if __name__ == "__main__":
+    status = main(int(sys.argv[1]))
+    sys.stderr.flush()
+    os._exit(status)  # threads of torch and of the reader have nothing left to say

@@ -1,0 +1,40 @@
+"""Linear layers in tiles of 16 rows, so that a row's result does not depend on how many others run with it.
+
+BLAS picks its kernel, and with it the order of the additions, by the number of rows: measured on FP32, one row alone
+differs bitwise from the same row among others. Every product here therefore has exactly 16 rows, and inside one shape
+a row's sum does not depend on which of the 16 it is (checked at start-up, see `invariance`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+TILE_ROWS = 16
+"""Rows of every product; activations are padded to a multiple of it once, at the start of a step."""
+
+
+def padded_rows(num_rows: int) -> int:
+    """Rows of the tiles that hold `num_rows`, at least one tile.
+
+    >>> padded_rows(1), padded_rows(16), padded_rows(17)
+    (16, 16, 32)
+    """
+    return max(1, -(-num_rows // TILE_ROWS)) * TILE_ROWS
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, *, is_tiled: bool) -> torch.Tensor:
+    """`x @ weight.T`.
+
+    x [R, inputs] FP32, R a multiple of 16 when `is_tiled`; weight [outputs, inputs] in the weight dtype, which the
+    product is computed in. Returns [R, outputs] FP32.
+    """
+    x = x.to(weight.dtype)
+    if not is_tiled:
+        return torch.nn.functional.linear(x, weight).float()
+    assert x.shape[0] % TILE_ROWS == 0
+    result = torch.empty(x.shape[0], weight.shape[0], dtype=weight.dtype, device=x.device)
+    transposed = weight.t()
+    for first in range(0, x.shape[0], TILE_ROWS):
+        rows = slice(first, first + TILE_ROWS)
+        torch.mm(x[rows], transposed, out=result[rows])
+    return result.float()

@@ -1,0 +1,135 @@
+"""The ModelRunner in PyTorch: any checkpoint, any device, one step at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from backend.checkpoint.model_config import ModelConfig, read_model_config
+from backend.checkpoint.weights import Progress, Weights, load_weights
+from backend.engine.plan import StepPlan, StepResult
+from backend.errors import ConfigError, EngineFailure
+from backend.runner.batch import build_batch
+from backend.runner.invariance import find_dependence
+from backend.runner.kv_pages import KvPages
+from backend.runner.placement import choose_placement, num_physical_cores
+from backend.runner.rope import RopeTable
+from backend.runner.sampler import Draw, Sampler
+from backend.runner.transformer import Transformer
+from backend.runner.work_items import CPU_SIZES, GPU_SIZES
+
+
+class TorchStep:
+    """A launched step; on a GPU it may still run until `result` reads the ids."""
+
+    def __init__(self, draw: Draw, slots: npt.NDArray[np.int64]) -> None:
+        self._draw = draw
+        self._slots = slots
+
+    def result(self) -> StepResult:
+        """The sampled ids. EngineFailure names the slots whose logits were NaN or infinite."""
+        is_finite = self._draw.is_finite.cpu().numpy()
+        if not is_finite.all():
+            slots = ", ".join(str(slot) for slot in self._slots[~is_finite])
+            raise EngineFailure(
+                f"logits: must be finite, got NaN or infinity in slot {slots}; are the weights damaged?"
+            )
+        return StepResult(tuple(self._draw.token_ids.tolist()))
+
+
+class TorchRunner:
+    """Owns weights, KV pages and sampler state of one model on one device.
+
+    On the CPU the ids of a sequence do not depend on what else runs, how its prompt is chunked or where its pages
+    lie, bit for bit, on one type of machine with one number of threads; that the libraries keep to it is tried at
+    start-up, and `describe()` says what was found. On a GPU it is not promised.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        num_pages: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        device: str = "auto",
+        weight_dtype: str = "auto",
+        kv_dtype: str = "auto",
+        num_threads: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        """Read the checkpoint and allocate everything that will ever be needed.
+
+        `num_threads` 0 is one per physical core; it is PyTorch's number for the whole process. ConfigError when
+        checkpoint, device or a dtype is not usable.
+        """
+        for name, value in (("num_pages", num_pages), ("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len)):
+            if value < 1:
+                raise ConfigError(f"{name}: must be at least 1, got {value}")
+        self.num_pages = num_pages
+        self.max_num_seqs = max_num_seqs
+        self.config: ModelConfig = read_model_config(folder)
+        self._placement = choose_placement(device, weight_dtype, kv_dtype)
+        is_cpu = self._placement.device.type == "cpu"
+        self._num_threads = num_threads or num_physical_cores()
+        torch.set_num_threads(self._num_threads)
+        with torch.inference_mode():
+            weights = load_weights(
+                folder,
+                self.config,
+                device=self._placement.device,
+                dtype=self._placement.weight_dtype,
+                progress=progress,
+            )
+            kv = KvPages(self.config, num_pages, device=self._placement.device, dtype=self._placement.kv_dtype)
+            rope = RopeTable(self.config.head_dim, self.config.rope_theta, max_model_len, self._placement.device)
+            self._invariance = _describe_invariance(weights, self.config) if is_cpu else "no: not promised on a GPU"
+            self._transformer = Transformer(self.config, weights, kv, rope, is_tiled=is_cpu)
+            self._sampler = Sampler(max_num_seqs, self.config.vocab_size, self._placement.device)
+        self._item_sizes = CPU_SIZES if is_cpu else GPU_SIZES
+
+    def launch(self, plan: StepPlan) -> TorchStep:
+        """Run the step: the forward pass of all its tokens, then one draw for each row with `is_sampled`."""
+        self._check(plan)
+        with torch.inference_mode():
+            for row in plan.rows:
+                if row.slot_start is not None:
+                    self._sampler.start(row.slot, row.slot_start)
+            batch = build_batch(plan, self.config, self._sampler.last_ids, self._item_sizes)
+            logits = self._transformer.logits(batch)
+            draw = self._sampler.sample(logits, batch.sampled_slots, batch.sampled_positions)
+        return TorchStep(draw, batch.sampled_slots)
+
+    def describe(self) -> dict[str, str]:
+        """What runs here: runner, device, dtypes, threads, and whether results are batch-invariant, with the reason."""
+        device = self._placement.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{self._num_threads} threads"
+        return {
+            "runner": "torch",
+            "device": f"{device} ({name})",
+            "weight_dtype": self._placement.weight_dtype_name,
+            "kv_dtype": self._placement.kv_dtype_name,
+            "batch_invariant": self._invariance,
+        }
+
+    def close(self) -> None:
+        """Free weights, pages and sampler state; the runner cannot be used afterwards."""
+        del self._transformer, self._sampler
+        if self._placement.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _check(self, plan: StepPlan) -> None:
+        assert plan.rows, "an empty step"
+        assert len({row.slot for row in plan.rows}) == len(plan.rows), "a slot twice in one step"
+        for row in plan.rows:
+            assert 0 <= row.slot < self.max_num_seqs, row
+            assert row.num_tokens == (len(row.token_ids) or 1), row
+
+
+def _describe_invariance(weights: Weights, config: ModelConfig) -> str:
+    layer = weights.layers[0]
+    dependence = find_dependence((layer.qkv, layer.output, layer.gate_up, layer.down, weights.head), config.head_dim)
+    return "yes" if dependence is None else f"no: {dependence}"

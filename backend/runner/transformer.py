@@ -1,0 +1,65 @@
+"""The dense Mistral transformer: embedding, L layers of attention and SwiGLU with residuals, norm, head."""
+
+from __future__ import annotations
+
+import torch
+
+from backend.checkpoint.model_config import ModelConfig
+from backend.checkpoint.weights import LayerWeights, Weights
+from backend.runner.attention import attend
+from backend.runner.batch import Batch
+from backend.runner.kv_pages import KvPages
+from backend.runner.linear import linear
+from backend.runner.rope import RopeTable, rotate
+
+
+class Transformer:
+    """Runs a Batch. Activations are FP32, products run in the weights' dtype, K and V are kept in the pages' dtype.
+
+    With `is_tiled` every row of the logits is, bit for bit, independent of the other rows of the batch.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, kv: KvPages, rope: RopeTable, *, is_tiled: bool) -> None:
+        self._config = config
+        self._weights = weights
+        self._kv = kv
+        self._rope = rope
+        self._is_tiled = is_tiled
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Run all tokens, write their K and V, and return the logits [S, V] FP32 of the sampled ones."""
+        x = self._weights.embedding.index_select(0, batch.token_ids).float()
+        angles = self._rope.at(batch.positions)
+        if batch.fresh_pages.numel() > 0:
+            self._kv.clear(batch.fresh_pages)
+        for index, layer in enumerate(self._weights.layers):
+            x += self._attention(index, layer, self._norm(x, layer.attention_norm), angles, batch)
+            x += self._feed_forward(layer, self._norm(x, layer.ffn_norm))
+        if len(batch.sampled_slots) == 0:
+            return x.new_empty(0, self._config.vocab_size)
+        sampled = self._norm(x.index_select(0, batch.sampled_tokens), self._weights.norm)
+        return self._linear(sampled, self._weights.head)[: len(batch.sampled_slots)]
+
+    def _attention(
+        self, index: int, layer: LayerWeights, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], batch: Batch
+    ) -> torch.Tensor:
+        config, num_tokens = self._config, len(batch.pages)
+        heads = self._linear(x, layer.qkv).view(len(x), -1, config.head_dim)
+        turned = rotate(heads[:, : config.num_heads + config.num_kv_heads], *angles)
+        q, k = turned[:, : config.num_heads], turned[:num_tokens, config.num_heads :]
+        v = heads[:num_tokens, config.num_heads + config.num_kv_heads :]
+        self._kv.write(index, batch.pages, batch.offsets, k, v)
+        attended = attend(q * config.head_dim**-0.5, *self._kv.tiles(index), batch.items)
+        return self._linear(attended.flatten(1), layer.output)
+
+    def _feed_forward(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self._linear(x, layer.gate_up).chunk(2, dim=1)
+        # silu(gate) * up. NOTE: not torch's silu, whose vectorised and scalar tails round differently; exp's do not.
+        return self._linear((gate / (1.0 + torch.exp(-gate))).mul_(up), layer.down)
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        mean_square = x.square().mean(dim=1, keepdim=True)
+        return (x * torch.rsqrt(mean_square + self._config.rms_norm_eps)).mul_(weight)
+
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return linear(x, weight, is_tiled=self._is_tiled)

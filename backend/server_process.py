@@ -1,0 +1,250 @@
+"""One tritonserver: started, watched through the files its models leave, drained, and ended without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from backend.errors import EngineFailure
+from backend.installation import PROJECT, Installation, lay_out_backends, server_environment
+from backend.server_api import ServerApi
+from backend.triton_adapter.presence import RUN_DIR_VARIABLE
+
+log = logging.getLogger("nemo.serve")
+STUBS = ("preprocessing", "mistral_nemo", "postprocessing")
+_EXIT_TIMEOUT_S = 2
+_KILL_AFTER_S = 15.0
+_POLL_S = 0.05
+_QUIET_S = 2.0
+
+_LINES_WITHOUT_GPU = (
+    b"CudaDriverHelper has not been initialized",
+    b"unable to create stream for ensemble: CUDA driver",
+    b"falling back to non-pinned system memory",
+    b"Signal (15) received",
+)
+
+# Starts the server as a child that does not outlive the supervisor (1 is PR_SET_PDEATHSIG).
+_LAUNCH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Where the server listens."""
+
+    http: int
+    grpc: int
+    metrics: int
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """What a model or the engine said of itself (backend/triton_adapter/presence.py)."""
+
+    pid: int
+    failure: str
+
+
+class ServerProcess:
+    """A running tritonserver in a session of its own, so that Ctrl-C in the terminal does not reach it."""
+
+    def __init__(
+        self, installation: Installation, libpython: Path, ports: Ports, settings: dict[str, str], log_level: str
+    ) -> None:
+        self.run_folder = Path(tempfile.mkdtemp(prefix="nemo-"))
+        self.api = ServerApi(ports.http, ports.metrics)
+        self._shared_memory_prefix = f"nemo_{os.getpid()}_{self.run_folder.name[-8:]}_"
+        command = [
+            str(installation.server),
+            f"--model-repository={PROJECT / 'model_repository'}",
+            f"--backend-directory={lay_out_backends(installation, self.run_folder)}",
+            f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix}",
+            "--model-control-mode=explicit",
+            f"--http-port={ports.http}",
+            f"--grpc-port={ports.grpc}",
+            f"--metrics-port={ports.metrics}",
+            f"--exit-timeout-secs={_EXIT_TIMEOUT_S}",
+            "--metrics-interval-ms=200",
+            f"--log-info={'true' if log_level == 'debug' else 'false'}",
+            *([] if _has_gpu() else ["--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]),
+        ]
+        environment = server_environment(installation, libpython) | settings | {RUN_DIR_VARIABLE: str(self.run_folder)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _LAUNCH, *command],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._log = threading.Thread(target=self._pass_on_lines, name="server-log", daemon=True)
+        self._log.start()
+
+    @property
+    def exit_status(self) -> int | None:
+        """None while the server runs."""
+        return self._process.poll()
+
+    def wait_until_live(self, keep_going: Callable[[], bool], timeout_s: float = 60.0) -> None:
+        """Return once the server answers; EngineFailure when it ended or does not answer in time."""
+        end_s = time.monotonic() + timeout_s
+        while keep_going() and not self.api.is_live():
+            if self.exit_status is not None:
+                raise EngineFailure(
+                    f"tritonserver ended with status {self.exit_status} while starting; see its lines above"
+                )
+            if time.monotonic() > end_s:
+                raise EngineFailure(f"tritonserver did not answer within {timeout_s:.0f} s")
+            time.sleep(_POLL_S)
+
+    def presence(self, name: str) -> Presence | None:
+        """What `name` said last, or None when it has not started or was ended on purpose."""
+        try:
+            said = json.loads((self.run_folder / f"{name}.json").read_text())
+        except FileNotFoundError:
+            return None
+        return Presence(said["pid"], said["failure"])
+
+    def death(self) -> str | None:
+        """What has ended although nobody asked it to, the server or a stub, or None."""
+        if self.exit_status is not None:
+            return f"tritonserver ended with status {self.exit_status}"
+        for name in STUBS:
+            presence = self.presence(name)
+            if presence is not None and not is_alive(presence.pid):
+                return f"the stub of {name} died"
+        return None
+
+    def engine_failure(self) -> str | None:
+        """Why the engine does not serve any more, or None."""
+        presence = self.presence("engine")
+        return presence.failure or None if presence is not None else None
+
+    def drain(self, grace_s: float, keep_waiting: Callable[[], bool]) -> bool:
+        """Stop taking requests, let the running ones finish for `grace_s`, then take them back; True if none was taken back.
+
+        Unloading makes a model unready at once while its streams go on. The ensemble goes first: its requests may still be
+        on their way to the models behind it. A tritonserver that is signalled before all is over would cut them off.
+        """
+        end_s = time.monotonic() + grace_s
+        is_in_time = True
+        for models in (("ensemble",), STUBS):
+            for model in models:
+                self.api.unload(model)
+            quiet = QuietWatch(self.api)
+            while not self.api.are_unloaded(models) and self.exit_status is None:
+                if quiet.is_quiet():
+                    log.debug("%s: held by a request that has ended; not waited for", " and ".join(models))
+                    break
+                if is_in_time and (time.monotonic() > end_s or not keep_waiting()):
+                    is_in_time = False
+                    end_s = time.monotonic() + _KILL_AFTER_S
+                    self._take_everything_back()
+                elif time.monotonic() > end_s:
+                    return False
+                time.sleep(_POLL_S)
+        return is_in_time
+
+    def _take_everything_back(self) -> None:
+        engine = self.presence("engine")
+        if engine is not None and not engine.failure and is_alive(engine.pid):
+            os.kill(engine.pid, signal.SIGTERM)
+
+    def end(self) -> None:
+        """End the server, whatever state it is in, and remove its files and shared memory; does nothing the second time."""
+        if not self.run_folder.exists():
+            return
+        if self.exit_status is None:
+            self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=_KILL_AFTER_S)
+        self._kill_what_is_left()
+        for region in Path("/dev/shm").glob(f"{self._shared_memory_prefix}*"):
+            region.unlink(missing_ok=True)
+        shutil.rmtree(self.run_folder)
+        self._log.join(timeout=_EXIT_TIMEOUT_S)
+
+    def kill(self) -> None:
+        """End the server at once: it has lost a stub, so its streams hang and a polite end would wait for them."""
+        if self.exit_status is None:
+            self._process.kill()
+            self._process.wait()
+        self.end()
+
+    def _kill_what_is_left(self) -> None:
+        """Kill the processes below the server; all of them, engine included, carry the run folder in their environment."""
+        mark = f"\0{RUN_DIR_VARIABLE}={self.run_folder}\0".encode()
+        while left := [pid for pid in _process_ids() if mark in b"\0" + _environment(pid)]:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(_POLL_S)
+
+    def _pass_on_lines(self) -> None:
+        """The server's and the models' log lines, less what only says that there is no GPU, or that it was told to end."""
+        assert self._process.stdout is not None
+        has_gpu = _has_gpu()
+        with self._process.stdout:
+            for line in self._process.stdout:
+                if has_gpu or not any(part in line for part in _LINES_WITHOUT_GPU):
+                    sys.stderr.buffer.write(line)
+                    sys.stderr.flush()
+
+
+class QuietWatch:
+    """Tells when no request can be running any more, although server 2.51 says that a model is not unloaded.
+
+    NOTE: a client that cancels its gRPC stream in the moment of the last response makes the server forget to let go of that
+    request, and its model would be waited for in vain. A request that really runs is known to the engine, or shows in the
+    counts of executions.
+    """
+
+    def __init__(self, api: ServerApi) -> None:
+        self._api = api
+        self._num_executions = -1
+        self._since_s = 0.0
+
+    def is_quiet(self) -> bool:
+        """Whether for a while nothing was executed, and the engine has nothing to do."""
+        now_s = time.monotonic()
+        num_executions = self._api.num_executions()
+        if num_executions != self._num_executions or self._api.num_engine_requests():
+            self._num_executions, self._since_s = num_executions, now_s
+        return now_s - self._since_s > _QUIET_S
+
+
+def _has_gpu() -> bool:
+    return Path("/dev/nvidiactl").exists()
+
+
+def _process_ids() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+
+
+def _environment(pid: int) -> bytes:
+    """The environment a process was started with; empty for a zombie, and for one that is gone or another user's."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return b""
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")

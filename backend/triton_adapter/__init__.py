@@ -1,0 +1,1 @@
+"""Triton's tensors on one side, plain values on the other."""

@@ -1,0 +1,72 @@
+"""What has to be sent for one sequence: events of the engine, joined until a response can carry them.
+
+A response costs the same with one token or with twenty. When responses go out more slowly than tokens come in, tokens that
+came meanwhile share one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from backend.engine.events import Finish, TokenEvent
+
+
+@dataclass(slots=True)
+class Pending:
+    """The content of one response: ids, the text cut that goes with them, and perhaps the end of the sequence."""
+
+    sequence_index: int
+    token_ids: list[int] = field(default_factory=list)
+    text_ids: list[int] = field(default_factory=list)
+    text_skip_bytes: int = 0
+    text_take_bytes: int = 0
+    is_closed: bool = False
+    finish: Finish | None = None
+
+    def join(self, event: TokenEvent) -> None:
+        """Add the next event of the same sequence.
+
+        Two cuts join without a gap. When the second begins inside an id (it skips bytes), that id is the first one's last: it
+        was cut there, and is not listed twice.
+        """
+        self.token_ids += event.token_ids
+        if event.text_ids:
+            if not self.text_ids:
+                self.text_skip_bytes = event.text_skip_bytes
+                self.text_ids += event.text_ids
+            else:
+                self.text_ids += event.text_ids[1:] if event.text_skip_bytes else event.text_ids
+            self.text_take_bytes += event.text_take_bytes
+        self.is_closed = self.is_closed or event.is_closed
+        self.finish = event.finish
+
+
+class PendingQueue:
+    """Pending responses of all sequences of a request, in the order they must be sent.
+
+    `is_streamed` False: each sequence collects everything until it ends, and `take` gives nothing before.
+    """
+
+    def __init__(self, *, is_streamed: bool) -> None:
+        self._is_streamed = is_streamed
+        self._queue: list[Pending] = []
+        self._open: dict[int, Pending] = {}
+
+    def add(self, event: TokenEvent) -> bool:
+        """Join an event to what is open, or open a new response; returns whether `take` would give something."""
+        pending = self._open.get(event.sequence_index)
+        if pending is None or (pending.is_closed and self._is_streamed):
+            pending = self._open[event.sequence_index] = Pending(event.sequence_index)
+            if self._is_streamed:
+                self._queue.append(pending)
+        pending.join(event)
+        if pending.finish is not None and not self._is_streamed:
+            self._queue.append(pending)
+        return bool(self._queue)
+
+    def take(self) -> list[Pending]:
+        """Everything that may be sent now, in order."""
+        taken, self._queue = self._queue, []
+        if self._is_streamed:
+            self._open.clear()
+        return taken

@@ -1,0 +1,81 @@
+"""The model `postprocessing`: what the engine sends becomes text. A pure function of each response; no state of a stream.
+
+It is also the only step that can see that the client of an ensemble request is gone (Triton does not pass a cancellation on
+to a decoupled model in the middle), so it takes the request back at the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from backend.checkpoint.vocabulary import read_vocabulary
+from backend.logs import start_logging
+from backend.settings import Settings, read_model_parameters
+from backend.text.detokenizer import cut_text
+from backend.triton_adapter import tensors
+from backend.triton_adapter.presence import announce
+from backend.triton_adapter.stream_chunk import StreamChunk
+
+log = logging.getLogger("nemo.postprocessing")
+_NUM_REMEMBERED_ABORTS = 4096
+
+
+class Postprocessing:
+    """Chunks -> `text_output` and `token_ids`; everything else the engine says of an ending is passed on as it is."""
+
+    def __init__(self, repository: Path) -> None:
+        settings = Settings.load(read_model_parameters(repository / "mistral_nemo" / "config.pbtxt"))
+        start_logging(settings.log_level)
+        self._token_bytes = read_vocabulary(Path(settings.checkpoint)).token_bytes
+        self._aborted: deque[int] = deque(maxlen=_NUM_REMEMBERED_ABORTS)
+        announce("postprocessing")
+
+    def execute(self, requests: list[Any]) -> None:
+        """Answer each response of the engine; a beat is answered with nothing but its final flag."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                answer = self._answer(request)
+            except Exception as error:  # a bug of ours must fail this request alone
+                log.exception("request %r failed", request.request_id())
+                answer = tensors.error_response(error)
+            if answer is None:
+                sender.send(flags=tensors.FINAL)
+            else:
+                sender.send(answer, flags=tensors.FINAL)
+
+    def _answer(self, request: Any) -> Any:
+        inputs = {tensor.name(): tensor for tensor in request.inputs()}
+        chunk = StreamChunk.unpack(inputs.pop("stream_chunk").as_numpy())
+        if request.is_cancelled():
+            self._abort(chunk.handle, request.request_id())
+            return None
+        if chunk.is_beat:
+            return None
+        text = cut_text(self._token_bytes, chunk.text_ids, chunk.text_skip_bytes, chunk.text_take_bytes)
+        outputs = [tensors.text_tensor("text_output", text), tensors.int_tensor("token_ids", chunk.token_ids)]
+        if chunk.num_return_sequences > 1:
+            outputs.append(tensors.int_tensor("sequence_index", [chunk.sequence_index]))
+        outputs += [tensors.array_tensor(name, tensor.as_numpy()) for name, tensor in inputs.items()]
+        return tensors.response(outputs)
+
+    def _abort(self, handle: int, request_id: str) -> None:
+        """Tell the engine, once for each handle."""
+        if handle in self._aborted:
+            return
+        self._aborted.append(handle)
+        abort = pb_utils.InferenceRequest(
+            model_name="mistral_nemo",
+            request_id=request_id,
+            inputs=[pb_utils.Tensor("abort_handle", np.array([[handle]], dtype=np.uint64))],
+            requested_output_names=["token_ids"],
+        )
+        for answer in abort.exec(decoupled=True):
+            if answer.has_error():
+                log.warning("request %r could not be taken back: %s", request_id, answer.error().message())

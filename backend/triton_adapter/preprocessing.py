@@ -1,0 +1,90 @@
+"""The model `preprocessing`: a prompt in any of its three forms becomes token ids. Stateless."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from backend.checkpoint.vocabulary import read_vocabulary
+from backend.errors import NemoError, RequestError
+from backend.logs import start_logging
+from backend.settings import Settings, read_model_parameters
+from backend.text.chat import ChatTemplate
+from backend.text.tokenizer import Tokenizer
+from backend.triton_adapter import tensors
+from backend.triton_adapter.presence import announce
+from backend.triton_adapter.tensors import Inputs
+
+log = logging.getLogger("nemo.preprocessing")
+_PROMPTS = ("text_input", "messages", "prompt_token_ids")
+
+
+class Preprocessing:
+    """Text, chat messages or ids -> `prompt_token_ids`; refuses what nobody behind it looks at."""
+
+    def __init__(self, model_config: dict[str, Any], repository: Path) -> None:
+        settings = Settings.load(read_model_parameters(repository / "mistral_nemo" / "config.pbtxt"))
+        start_logging(settings.log_level)
+        vocabulary = read_vocabulary(Path(settings.checkpoint))
+        self._tokenizer = Tokenizer(vocabulary)
+        self._chat = ChatTemplate(vocabulary)
+        self._input_names = tensors.input_names(model_config)
+        announce("preprocessing")
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One response a request, an error for a bad one."""
+        responses = []
+        for request in requests:
+            try:
+                tensors.refuse_parameters(request, self._input_names)
+                ids = self.prompt_token_ids(Inputs(request))
+                responses.append(tensors.response([tensors.int_tensor("prompt_token_ids", ids)]))
+            except NemoError as error:
+                responses.append(tensors.error_response(error))
+            except Exception as error:  # a bug of ours must fail this request alone
+                log.exception("request %r failed", request.request_id())
+                responses.append(tensors.error_response(error))
+        return responses
+
+    def prompt_token_ids(self, inputs: Inputs) -> list[int]:
+        """The ids of the one prompt given; RequestError for none, several, or what is not supported."""
+        check_neutral_inputs(inputs)
+        if inputs.number("stop"):
+            return []
+        given = [name for name in _PROMPTS if inputs.has(name)]
+        if len(given) != 1:
+            raise RequestError(
+                given[1] if given else "text_input",
+                f"exactly one of {', '.join(_PROMPTS)} must be given, got {' and '.join(given) or 'none'}",
+            )
+        if inputs.has("tools") and given != ["messages"]:
+            raise RequestError("tools", f"need messages, got them with {given[0]}")
+        if given == ["text_input"]:
+            return self._tokenizer.encode(inputs.text("text_input") or "", add_bos=True)
+        if given == ["messages"]:
+            return self._chat.encode(inputs.text("messages") or "", inputs.text("tools") or None)
+        return inputs.numbers("prompt_token_ids") or []
+
+
+def check_neutral_inputs(inputs: Inputs) -> None:
+    """Accept what TensorRT-LLM's clients send with a neutral value, refuse any other value by name.
+
+    `pad_id` may be anything: nothing is ever padded. The perf and count outputs are always sent, so asking for them or not is
+    the same.
+    """
+    for name, neutral in _NEUTRAL.items():
+        value = inputs.number(name)
+        if value is not None and value not in neutral:
+            wanted = " or ".join(json.dumps(each) for each in neutral)
+            raise RequestError(name, f"is not supported: must be {wanted}, got {json.dumps(value)}")
+
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "beam_width": (1,),
+    "length_penalty": (0.0, 1.0),
+    "early_stopping": (False,),
+    "return_context_logits": (False,),
+    "return_generation_logits": (False,),
+}

@@ -1,0 +1,31 @@
+"""Files by which the models tell the supervisor which processes they are and whether the engine serves.
+
+The supervisor (backend/serve.py) names the folder in NEMO_RUN_DIR; without a supervisor nothing is written. Triton's own
+readiness cannot say that a stub was killed (server 2.51 keeps answering 200), so the supervisor watches the process ids.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+RUN_DIR_VARIABLE = "NEMO_RUN_DIR"
+
+
+def announce(name: str, *, pid: int | None = None, failure: str = "") -> None:
+    """Write `<name>.json` with a process id (default: this process) and, once it does not serve any more, why."""
+    folder = os.environ.get(RUN_DIR_VARIABLE)
+    if not folder:
+        return
+    path = Path(folder, f"{name}.json")
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    aside.write_text(json.dumps({"name": name, "pid": pid or os.getpid(), "failure": failure}))
+    aside.rename(path)
+
+
+def withdraw(name: str) -> None:
+    """Remove the file: the process ends because it was asked to."""
+    folder = os.environ.get(RUN_DIR_VARIABLE)
+    if folder:
+        Path(folder, f"{name}.json").unlink(missing_ok=True)

@@ -1,0 +1,217 @@
+"""Sends what the engine says to the clients, in a thread of its own, and notices the clients that are gone.
+
+Every request has a Stream. The engine's receiving thread adds events to it and marks it as due; the sending thread takes due
+streams in turn and sends what each has by then. So a stream gets a response a token while sending keeps up, and several
+tokens in one response when it does not. A stream that is silent gets a beat from time to time: through an ensemble,
+postprocessing can only see that its client is gone when a response passes by.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from backend.engine.events import Finish, TokenEvent
+from backend.engine.request import GenerationRequest
+from backend.errors import NemoError
+from backend.triton_adapter import tensors
+from backend.triton_adapter.pending import Pending, PendingQueue
+from backend.triton_adapter.stream_chunk import StreamChunk
+
+log = logging.getLogger("nemo.responder")
+_BEAT_AFTER_S = 0.25
+_MAX_BEATS_PER_S = 200
+_TICK_S = 0.05
+
+
+class Stream:
+    """One request on its way back: what is pending, and how its client wants it.
+
+    A response carries `stream_chunk` for the ensemble, or `token_ids` for a client that calls the engine directly; Triton tells
+    which by the outputs that were requested.
+    """
+
+    def __init__(self, request: GenerationRequest, sender: Any, requested_outputs: set[str]) -> None:
+        self.request = request
+        self.sender = sender
+        self.requested_outputs = requested_outputs
+        self.needs_beats = "token_ids" not in requested_outputs
+        self.pending = PendingQueue(is_streamed=request.stream)
+        self.num_unfinished = request.num_return_sequences
+        self.last_sent_s = time.monotonic()
+        self.is_due = False
+        self.failure: NemoError | None = None
+
+    def response(self, pending: Pending) -> Any:
+        """The response that carries `pending`."""
+        request = self.request
+        return make_response(pending, request.handle, request.num_return_sequences, self.requested_outputs)
+
+    def beat(self) -> Any:
+        """A response that carries nothing."""
+        chunk = StreamChunk(self.request.handle, is_beat=True)
+        return tensors.response([tensors.array_tensor("stream_chunk", chunk.pack())])
+
+
+def make_response(pending: Pending, handle: int, num_return_sequences: int, requested_outputs: set[str]) -> Any:
+    """A response with those of the requested outputs that `pending` has something for."""
+    outputs = []
+    if "stream_chunk" in requested_outputs:
+        chunk = StreamChunk(
+            handle,
+            pending.sequence_index,
+            num_return_sequences,
+            tuple(pending.token_ids),
+            tuple(pending.text_ids),
+            pending.text_skip_bytes,
+            pending.text_take_bytes,
+        )
+        outputs.append(tensors.array_tensor("stream_chunk", chunk.pack()))
+    if "token_ids" in requested_outputs:
+        outputs.append(tensors.int_tensor("token_ids", pending.token_ids))
+        if num_return_sequences > 1 and "sequence_index" in requested_outputs:
+            outputs.append(tensors.int_tensor("sequence_index", [pending.sequence_index]))
+    if pending.finish is not None:
+        outputs += [tensor for tensor in _finish_tensors(pending.finish) if tensor.name() in requested_outputs]
+    return tensors.response(outputs)
+
+
+def _finish_tensors(finish: Finish) -> list[Any]:
+    num_reused_pages = finish.num_cached_tokens // 64
+    counts = {
+        "num_input_tokens": finish.num_input_tokens,
+        "num_output_tokens": finish.num_output_tokens,
+        "num_cached_tokens": finish.num_cached_tokens,
+        "kv_cache_reused_blocks": num_reused_pages,
+    }
+    times = {
+        "arrival_time_ns": finish.arrival_time_ns,
+        "first_scheduled_time_ns": finish.first_scheduled_time_ns,
+        "first_token_time_ns": finish.first_token_time_ns,
+        "last_token_time_ns": finish.last_token_time_ns,
+    }
+    return [
+        tensors.text_tensor("finish_reason", finish.reason.value),
+        tensors.text_tensor("stop_reason", finish.stop_reason),
+        *(tensors.int_tensor(name, [value]) for name, value in counts.items()),
+        *(tensors.int_tensor(name, [value], np.int64) for name, value in times.items()),
+    ]
+
+
+class Responder:
+    """Owns the streams. `abort` takes a handle back at the engine; `on_tick` runs about twenty times a second."""
+
+    def __init__(self, abort: Callable[[int], None], on_tick: Callable[[], None]) -> None:
+        self._abort = abort
+        self._on_tick = on_tick
+        self._streams: dict[int, Stream] = {}
+        self._due: deque[Stream] = deque()
+        self._changed = threading.Condition()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._send_forever, name="responder", daemon=True)
+        self._thread.start()
+
+    def open(self, stream: Stream) -> None:
+        """Register a stream before its request goes to the engine."""
+        with self._changed:
+            self._streams[stream.request.handle] = stream
+
+    def forget(self, stream: Stream) -> None:
+        """Drop a stream whose request never reached the engine."""
+        with self._changed:
+            self._streams.pop(stream.request.handle, None)
+
+    def add(self, events: tuple[TokenEvent, ...]) -> None:
+        """Take over the tokens of a step."""
+        with self._changed:
+            for event in events:
+                stream = self._streams.get(event.handle)
+                if stream is not None and stream.pending.add(event):
+                    self._mark_due(stream)
+            self._changed.notify()
+
+    def fail(self, handle: int, error: NemoError) -> None:
+        """Answer a request with an error."""
+        with self._changed:
+            stream = self._streams.get(handle)
+            if stream is not None:
+                stream.failure = error
+                self._mark_due(stream)
+            self._changed.notify()
+
+    def fail_all(self, error: NemoError) -> int:
+        """Answer every request with an error (the engine is gone) and return how many there were."""
+        with self._changed:
+            handles = list(self._streams)
+        for handle in handles:
+            self.fail(handle, error)
+        return len(handles)
+
+    def close(self) -> None:
+        """Send what is due, then end the thread."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        self._thread.join(timeout=10)
+
+    def _mark_due(self, stream: Stream) -> None:
+        if not stream.is_due:
+            stream.is_due = True
+            self._due.append(stream)
+
+    def _send_forever(self) -> None:
+        next_tick_s = time.monotonic() + _TICK_S
+        while True:
+            with self._changed:
+                if not self._due and not self._is_closing:
+                    self._changed.wait(timeout=max(0.0, next_tick_s - time.monotonic()))
+                if not self._due and self._is_closing:
+                    return
+                stream = self._due.popleft() if self._due else None
+                taken = self._take(stream) if stream is not None else []
+            if stream is not None:
+                self._send(stream, taken)
+            if time.monotonic() >= next_tick_s:
+                next_tick_s = time.monotonic() + _TICK_S
+                self._tick()
+
+    def _take(self, stream: Stream) -> list[Pending]:
+        stream.is_due = False
+        taken = stream.pending.take()
+        stream.num_unfinished -= sum(pending.finish is not None for pending in taken)
+        if stream.num_unfinished == 0 or stream.failure is not None:
+            self._streams.pop(stream.request.handle, None)
+        return taken
+
+    def _send(self, stream: Stream, taken: list[Pending]) -> None:
+        try:
+            for position, pending in enumerate(taken):
+                is_last = stream.num_unfinished == 0 and position == len(taken) - 1
+                stream.sender.send(stream.response(pending), flags=tensors.FINAL if is_last else 0)
+            if stream.failure is not None and stream.num_unfinished > 0:
+                stream.sender.send(tensors.error_response(stream.failure), flags=tensors.FINAL)
+        except Exception:  # one client's broken connection must not stop the others' answers
+            log.exception("the response to request %r could not be sent", stream.request.request_id)
+            self._abort(stream.request.handle)
+        stream.last_sent_s = time.monotonic()
+
+    def _tick(self) -> None:
+        """Look after silent streams, then let the owner update its metrics."""
+        now_s = time.monotonic()
+        with self._changed:
+            streams = list(self._streams.values())
+        silent = [stream for stream in streams if stream.needs_beats and now_s - stream.last_sent_s >= _BEAT_AFTER_S]
+        silent.sort(key=lambda stream: stream.last_sent_s)
+        for stream in silent[: int(_MAX_BEATS_PER_S * _TICK_S)]:
+            stream.last_sent_s = now_s
+            stream.sender.send(stream.beat(), flags=0)
+        for stream in streams:
+            if not stream.needs_beats and stream.sender.is_cancelled():
+                self._abort(stream.request.handle)
+        self._on_tick()

@@ -1,0 +1,298 @@
+"""Plays a trace of arrivals, aborts and time against a Scheduler, with steps in flight, and checks every moment of it."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from backend.engine.events import FailureKind, FinishReason, RequestFailed, TokenEvent
+from backend.engine.plan import StepPlan, StepResult
+from backend.engine.request import GenerationRequest, mix_seed
+from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
+from backend.errors import QueueFull
+from tests.engine.device import EOS_ID, TOKEN_BYTES, Device, draw
+from tests.engine.text_oracle import Output, allowed_text, decode_cut
+
+TURN_NS = 1_000_000
+
+
+class Add(NamedTuple):
+    """A request arrives."""
+
+    request: GenerationRequest
+
+
+class Abort(NamedTuple):
+    """A handle is taken back, known or not."""
+
+    handle: int
+
+
+class AbortRequestId(NamedTuple):
+    """A client's request id is taken back."""
+
+    request_id: str
+
+
+class AbortAll(NamedTuple):
+    """Everything is taken back."""
+
+
+class Pass(NamedTuple):
+    """Time passes between two turns."""
+
+    milliseconds: int
+
+
+Order = Add | Abort | AbortRequestId | AbortAll | Pass
+
+
+class Expected(NamedTuple):
+    """What one sequence generates when it is left alone."""
+
+    token_ids: tuple[int, ...]
+    reason: FinishReason
+    stop_reason: str
+
+
+def expected_outputs(request: GenerationRequest, index: int) -> Expected:
+    """Token by token, without plans, pages or steps."""
+    end_id = EOS_ID if request.end_id is None else request.end_id
+    ending_ids = {*request.stop_token_ids} | (set() if request.ignore_eos else {end_id})
+    seed = mix_seed(request.sampling.seed, index)
+    outputs: list[Output] = []
+    while True:
+        forbidden = ending_ids if len(outputs) < request.min_tokens else ()
+        position = len(request.prompt_token_ids) - 1 + len(outputs)
+        token_id = draw(seed, position, forbidden=forbidden)
+        outputs.append(Output(token_id, len(outputs) + 1 >= request.min_tokens))
+        ids = tuple(output.token_id for output in outputs)
+        stop = allowed_text(TOKEN_BYTES, outputs, request.stop_strings).stop
+        if stop is not None:
+            return Expected(ids, FinishReason.STOP, stop.decode("utf-8", "replace"))
+        if token_id in ending_ids and outputs[-1].may_stop:
+            is_named = token_id in request.stop_token_ids
+            return Expected(ids, FinishReason.STOP, str(token_id) if is_named else "")
+        if len(ids) == request.max_tokens:
+            return Expected(ids, FinishReason.LENGTH, "")
+
+
+def _is_deadline(event: Event) -> bool:
+    if isinstance(event, RequestFailed):
+        return event.kind is FailureKind.DEADLINE
+    return event.finish is not None and event.finish.reason is FinishReason.DEADLINE
+
+
+class Trace:
+    """One run. `num_steps_ahead` 1 is the engine's own order: plan(t + 1), launch(t + 1), commit(t)."""
+
+    def __init__(self, limits: SchedulerLimits, num_steps_ahead: int) -> None:
+        self.scheduler = Scheduler(limits, TOKEN_BYTES, EOS_ID)
+        self.device = Device(limits.num_pages, limits.max_num_seqs)
+        self.plans: list[StepPlan] = []
+        self.requests: dict[int, GenerationRequest] = {}
+        self.arrivals_ns: dict[int, int] = {}
+        self.events: dict[int, list[Event]] = {}
+        self.aborted: set[int] = set()
+        self.now_ns = 1_000_000_000
+        self._num_steps_ahead = num_steps_ahead
+        self._in_flight: deque[tuple[StepPlan, StepResult, dict[int, int]]] = deque()
+
+    def play(self, turns: Sequence[Sequence[Order]]) -> None:
+        """Carry out the orders, one list a turn, then go on until nothing is left."""
+        for orders in turns:
+            self.turn(orders)
+        most_turns = self._most_steps_left() + self._num_steps_ahead + 2
+        num_turns = 0
+        while self.scheduler.has_work or self._in_flight:
+            num_turns += 1
+            assert num_turns <= most_turns, f"not ready after {most_turns} turns: a request starves"
+            self.turn(())
+        self._check_end()
+
+    def turn(self, orders: Sequence[Order]) -> None:
+        """One turn of the engine loop."""
+        self.now_ns += TURN_NS
+        for order in orders:
+            self._carry_out(order)
+        self._record(self.scheduler.expire(self.now_ns))
+        for handle in self.requests:
+            assert self.is_ended(handle) or self._deadline_ns(handle) > self.now_ns, "the deadline was overlooked"
+        plan = self.scheduler.plan(self.now_ns)
+        if plan is not None:
+            self._check_plan(plan)
+            self.plans.append(plan)
+            result = self.device.launch(plan)
+            keys = {row.slot: self.device.slots[row.slot].key for row in plan.rows}
+            self._in_flight.append((plan, result, keys))
+        if len(self._in_flight) > (self._num_steps_ahead if plan is not None else 0):
+            committed, result, _ = self._in_flight.popleft()
+            self._record(self.scheduler.commit(committed, result, self.now_ns))
+        self.scheduler.check_integrity()
+        self._check_stats()
+
+    def is_ended(self, handle: int) -> bool:
+        """Whether the request has had its last event."""
+        events = self.events[handle]
+        return bool(events) and (isinstance(events[-1], RequestFailed) or events[-1].is_request_end)
+
+    def _carry_out(self, order: Order) -> None:
+        match order:
+            case Add(request):
+                self._add(request)
+            case Abort(handle):
+                self._mark_aborted({handle} & set(self.requests))
+                self._record(self.scheduler.abort(handle))
+                assert handle not in self.requests or self.is_ended(handle), "an abort ends the request at once"
+            case AbortRequestId(request_id):
+                self._mark_aborted(
+                    {handle for handle, asked in self.requests.items() if asked.request_id == request_id}
+                )
+                self._record(self.scheduler.abort_request_id(request_id))
+            case AbortAll():
+                self._mark_aborted(set(self.requests))
+                self._record(self.scheduler.abort_all())
+                assert all(map(self.is_ended, self.requests)), "nothing is left"
+            case Pass(milliseconds):
+                self.now_ns += milliseconds * 1_000_000
+
+    def _deadline_ns(self, handle: int) -> float:
+        deadline_ms = self.requests[handle].deadline_ms or self.scheduler.limits.default_deadline_ms
+        return self.arrivals_ns[handle] + deadline_ms * 1_000_000 if deadline_ms else math.inf
+
+    def _mark_aborted(self, handles: set[int]) -> None:
+        self.aborted |= {handle for handle in handles if not self.is_ended(handle)}
+
+    def _add(self, request: GenerationRequest) -> None:
+        num_waiting = self.scheduler.stats().num_requests_waiting
+        limit = self.scheduler.limits.max_queued_requests
+        try:
+            self.scheduler.add(request, self.now_ns)
+        except QueueFull:
+            assert num_waiting == limit, "refused although there was room"
+            return
+        assert num_waiting < limit, "taken although the queue was full"
+        self.requests[request.handle] = request
+        self.arrivals_ns[request.handle] = self.now_ns
+        self.events[request.handle] = []
+
+    def _record(self, events: list[Event]) -> None:
+        for event in events:
+            assert not self.is_ended(event.handle), "nothing comes behind the end of a request"
+            if _is_deadline(event):
+                assert self._deadline_ns(event.handle) <= self.now_ns, "ended before its deadline"
+            self.events[event.handle].append(event)
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        limits = self.scheduler.limits
+        assert plan.step == len(self.plans)
+        assert plan.rows
+        assert 0 < plan.num_tokens <= limits.max_step_tokens
+        kinds = [row.is_decode for row in plan.rows]
+        assert kinds == sorted(kinds, reverse=True), "decode rows first"
+        slots = [row.slot for row in plan.rows]
+        assert len(slots) == len(set(slots)), "a sequence has one row a step"
+        self._check_decodes_go_on(set(slots))
+        self._check_pages_in_flight(plan)
+
+    def _check_decodes_go_on(self, planned: set[int]) -> None:
+        ended = {handle for handle in self.requests if self.is_ended(handle)}
+        for handle in set(self.requests) - ended:
+            request = self.requests[handle]
+            finished = {e.sequence_index for e in self.events[handle] if isinstance(e, TokenEvent) and e.finish}
+            for index in set(range(request.num_return_sequences)) - finished:
+                key = mix_seed(request.sampling.seed, index)
+                for number, slot in self.device.slots.items():
+                    if slot.key == key and 0 < slot.num_draws < request.max_tokens:
+                        assert number in planned, "a decoding sequence was left out of a step"
+
+    def _check_pages_in_flight(self, plan: StepPlan) -> None:
+        owner: dict[int, int] = {}
+        for launched, _, keys in self._in_flight:
+            owner |= {page_id: keys[row.slot] for row in launched.rows for page_id in row.page_ids}
+        for row in plan.rows:
+            start = row.slot_start
+            key = start.sampling.seed if start is not None else self.device.slots[row.slot].key
+            for page_id in row.page_ids:
+                assert owner.setdefault(page_id, key) == key, "a page of a sequence in flight went to another"
+
+    def _check_stats(self) -> None:
+        stats, limits = self.scheduler.stats(), self.scheduler.limits
+        unanswered = sum(not self.is_ended(handle) for handle in self.requests)
+        assert stats.num_requests_running + stats.num_requests_waiting >= unanswered
+        assert stats.num_requests_waiting <= min(unanswered, limits.max_queued_requests)
+        assert stats.num_requests_running <= limits.max_num_seqs
+        assert (stats.num_pages, stats.num_steps) == (limits.num_pages, len(self.plans))
+        assert (stats.num_pages_held == 0) == (stats.num_requests_running == 0)
+
+    def _most_steps_left(self) -> int:
+        """At least one token of work is done in every step."""
+        return sum(
+            request.num_return_sequences
+            * (len(request.prompt_token_ids) + request.max_tokens + self._num_steps_ahead + 1)
+            for handle, request in self.requests.items()
+            if not self.is_ended(handle)
+        )
+
+    def _check_end(self) -> None:
+        stats = self.scheduler.stats()
+        assert (stats.num_requests_running, stats.num_requests_waiting, stats.num_pages_held) == (0, 0, 0)
+        order = [mix_seed(r.sampling.seed, i) for r in self.requests.values() for i in range(r.num_return_sequences)]
+        assert self.device.started == [key for key in order if key in set(self.device.started)], (
+            "first come, first served"
+        )
+        for handle in self.requests:
+            self._check_answer(handle)
+
+    def _check_answer(self, handle: int) -> None:
+        request, events = self.requests[handle], self.events[handle]
+        if isinstance(events[0], RequestFailed):
+            assert len(events) == 1, "a failure is the only answer"
+            assert events[0].kind.value == ("cancelled" if handle in self.aborted else "deadline")
+            return
+        tokens = [event for event in events if isinstance(event, TokenEvent)]
+        assert tokens == events
+        assert [event.is_request_end for event in tokens] == [False] * (len(tokens) - 1) + [True]
+        for index in range(request.num_return_sequences):
+            self._check_sequence(request, index, [event for event in tokens if event.sequence_index == index])
+
+    def _check_sequence(self, request: GenerationRequest, index: int, events: list[TokenEvent]) -> None:
+        finish = events[-1].finish
+        assert finish is not None
+        assert all(event.finish is None for event in events[:-1]), "a sequence ends once, with its last event"
+        expected = expected_outputs(request, index)
+        echo = request.prompt_token_ids if request.echo and finish.num_output_tokens else ()
+        ids = tuple(token_id for event in events for token_id in event.token_ids)
+        assert ids[: len(echo)] == echo
+        outputs = ids[len(echo) :]
+        assert len(outputs) == finish.num_output_tokens <= request.max_tokens
+        assert outputs == expected.token_ids[: len(outputs)], "the ids of this sequence, in their order"
+        if finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
+            assert (outputs, finish.reason, finish.stop_reason) == expected
+        else:
+            assert len(outputs) < len(expected.token_ids)
+            assert finish.stop_reason == ""
+            is_aborted = request.handle in self.aborted
+            assert finish.reason is (FinishReason.CANCELLED if is_aborted else FinishReason.DEADLINE)
+        self._check_text(request, events, outputs, echo)
+        assert finish.num_input_tokens == len(request.prompt_token_ids)
+        times = (
+            finish.arrival_time_ns,
+            finish.first_scheduled_time_ns,
+            finish.first_token_time_ns,
+            finish.last_token_time_ns,
+        )
+        assert times[0] == self.arrivals_ns[request.handle]
+        assert (times == tuple(sorted(times)) and times[1] > 0) if outputs else times[2:] == (0, 0)
+
+    @staticmethod
+    def _check_text(
+        request: GenerationRequest, events: list[TokenEvent], outputs: tuple[int, ...], echo: tuple[int, ...]
+    ) -> None:
+        marked = [Output(token_id, number >= request.min_tokens) for number, token_id in enumerate(outputs, start=1)]
+        whole = allowed_text(TOKEN_BYTES, marked, request.stop_strings, echo, is_finished=True).text
+        assert "".join(decode_cut(TOKEN_BYTES, *event.text) for event in events) == whole
+        for event in events:
+            assert event.is_closed == (bool(event.token_ids) and not TOKEN_BYTES[event.token_ids[-1]])
