@@ -94,8 +94,8 @@ class Supervisor:
             self._steady_since_s = time.monotonic()
 
     def _load_together(self, models: Sequence[str]) -> None:
-        """Load models at the same time. A signal, or one that fails, ends the server, since loading cannot be stopped otherwise."""
-        if self._is_stopping:
+        """Load models at the same time; a signal or a failure ends the server, since loading cannot be stopped otherwise."""
+        if self._num_stop_signals:
             return
         with ThreadPoolExecutor(len(models)) as pool:
             loads = [pool.submit(self._load, model) for model in models]

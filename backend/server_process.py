@@ -20,10 +20,10 @@ from pathlib import Path
 from backend.errors import EngineFailure
 from backend.installation import PROJECT, Installation, lay_out_backends, server_environment
 from backend.server_api import ServerApi
-from backend.triton_adapter.presence import RUN_DIR_VARIABLE
 
 log = logging.getLogger("nemo.serve")
 STUBS = ("preprocessing", "mistral_nemo", "postprocessing")
+_RUN_DIR_VARIABLE = "NEMO_RUN_DIR"  # read by backend/triton_adapter/presence.py
 _EXIT_TIMEOUT_S = 2
 _KILL_AFTER_S = 15.0
 _POLL_S = 0.05
@@ -80,7 +80,7 @@ class ServerProcess:
             f"--log-info={'true' if log_level == 'debug' else 'false'}",
             *([] if _has_gpu() else ["--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]),
         ]
-        environment = server_environment(installation, libpython) | settings | {RUN_DIR_VARIABLE: str(self.run_folder)}
+        environment = server_environment(installation, libpython) | settings | {_RUN_DIR_VARIABLE: str(self.run_folder)}
         self._process = subprocess.Popen(
             [sys.executable, "-c", _LAUNCH, *command],
             env=environment,
@@ -185,7 +185,7 @@ class ServerProcess:
 
     def _kill_what_is_left(self) -> None:
         """Kill the processes below the server; all of them, engine included, carry the run folder in their environment."""
-        mark = f"\0{RUN_DIR_VARIABLE}={self.run_folder}\0".encode()
+        mark = f"\0{_RUN_DIR_VARIABLE}={self.run_folder}\0".encode()
         while left := [pid for pid in _process_ids() if mark in b"\0" + _environment(pid)]:
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):

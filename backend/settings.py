@@ -62,7 +62,9 @@ class Settings:
     )
     max_queued_requests: int = _setting(1024, "requests that may wait; one more is refused with UNAVAILABLE", low=1)
     default_deadline_ms: int = _setting(600_000, "`deadline_ms` of a request that names none; 0: none")
-    num_threads: int = _setting(0, "threads of the PyTorch runner on the CPU; 0: one a physical core", high=1024)
+    num_threads: int = _setting(
+        0, "threads of the PyTorch runner on the CPU; 0: one a physical core, less one for the server", high=1024
+    )
     log_level: str = _setting("info", "least severe lines in the log", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from backend.errors import ConfigError, EngineFailure
 from backend.runner.batch import build_batch
 from backend.runner.invariance import find_dependence
 from backend.runner.kv_pages import KvPages
-from backend.runner.placement import choose_placement, num_physical_cores
+from backend.runner.placement import choose_placement, default_num_threads
 from backend.runner.rope import RopeTable
 from backend.runner.sampler import Draw, Sampler
 from backend.runner.transformer import Transformer
@@ -63,7 +63,7 @@ class TorchRunner:
     ) -> None:
         """Read the checkpoint and allocate everything that will ever be needed.
 
-        `num_threads` 0 is one per physical core; it is PyTorch's number for the whole process. ConfigError when
+        `num_threads` 0 is `default_num_threads()`; it is PyTorch's number for the whole process. ConfigError when
         checkpoint, device or a dtype is not usable.
         """
         for name, value in (("num_pages", num_pages), ("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len)):
@@ -74,7 +74,7 @@ class TorchRunner:
         self.config: ModelConfig = read_model_config(folder)
         self._placement = choose_placement(device, weight_dtype, kv_dtype)
         is_cpu = self._placement.device.type == "cpu"
-        self._num_threads = num_threads or num_physical_cores()
+        self._num_threads = num_threads or default_num_threads()
         torch.set_num_threads(self._num_threads)
         with torch.inference_mode():
             weights = load_weights(

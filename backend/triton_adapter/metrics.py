@@ -6,12 +6,14 @@ a request.
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
 from backend.engine.events import EngineStats, Finish, FinishReason
+from backend.engine.messages import Step
 
 _PERIOD_S = 0.1
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -42,9 +44,14 @@ _HISTOGRAMS = {
 
 
 class Metrics:
-    """Owns the metric families. `observe_*` collect; `publish` writes what changed, at most ten times a second."""
+    """Owns the metric families. `observe_*` collect; `publish` writes what changed, at most ten times a second.
+
+    Called by several threads. What belongs to one step is published together, so that whoever sees an idle engine sees all
+    that was counted before.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._families: list[Any] = []
         self._gauges = {name: self._metric(name, text, "GAUGE") for name, text in _GAUGES.items()}
         self._counters = {name: self._metric(name, text, "COUNTER") for name, text in _COUNTERS.items()}
@@ -55,6 +62,7 @@ class Metrics:
         family = self._family("request_finish_total", "Sequences that ended, by reason", "COUNTER")
         self._finishes = {reason: family.Metric(labels={"finished_reason": reason.value}) for reason in FinishReason}
         self._counts: dict[Any, float] = {}
+        self._samples: list[tuple[Any, float]] = []
         self._stats: EngineStats | None = None
         self._published_stats: EngineStats | None = None
         self._next_s = 0.0
@@ -63,12 +71,41 @@ class Metrics:
         """Publish the bound that the engine was started with."""
         self._gauges["num_request_max"].set(max_num_seqs)
 
-    def observe_stats(self, stats: EngineStats) -> None:
-        """Remember how busy the engine is."""
-        self._stats = stats
+    def observe_step(self, step: Step) -> None:
+        """Take over what a step ended, and how busy the engine is after it."""
+        with self._lock:
+            self._stats = step.stats
+            self._add(self._counters["request_failure_total"], len(step.failed))
+            for event in step.tokens:
+                if event.finish is not None:
+                    self._observe_finish(event.finish, is_request_end=event.is_request_end)
 
-    def observe_finish(self, finish: Finish, *, is_request_end: bool) -> None:
-        """Count a sequence that ended; `is_request_end` for the last of its request."""
+    def observe_failures(self, count: int = 1) -> None:
+        """Count requests that were answered with an error before or after the engine had them."""
+        with self._lock:
+            self._add(self._counters["request_failure_total"], count)
+
+    def publish(self) -> None:
+        """Write what changed since the last time."""
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            return
+        self._next_s = now_s + _PERIOD_S
+        with self._lock:
+            counts, self._counts = self._counts, {}
+            samples, self._samples = self._samples, []
+            stats = self._stats
+        for metric, amount in counts.items():
+            metric.increment(amount)
+        for metric, value in samples:
+            metric.observe(value)
+        if stats is not None and stats != self._published_stats:
+            self._published_stats = stats
+            self._gauges["num_requests_running"].set(stats.num_requests_running)
+            self._gauges["num_requests_waiting"].set(stats.num_requests_waiting)
+            self._gauges["gpu_cache_usage_perc"].set(stats.num_pages_held / stats.num_pages)
+
+    def _observe_finish(self, finish: Finish, *, is_request_end: bool) -> None:
         self._add(self._finishes[finish.reason], 1)
         self._add(self._counters["generation_tokens_total"], finish.num_output_tokens)
         self._observe("request_generation_tokens", finish.num_output_tokens)
@@ -83,30 +120,12 @@ class Metrics:
             self._observe("request_prompt_tokens", finish.num_input_tokens)
             self._observe("e2e_request_latency_seconds", (finish.last_token_time_ns - finish.arrival_time_ns) / 1e9)
 
-    def observe_failure(self) -> None:
-        """Count a request that was answered with an error."""
-        self._add(self._counters["request_failure_total"], 1)
-
-    def publish(self) -> None:
-        """Write what changed since the last time."""
-        now_s = time.monotonic()
-        if now_s < self._next_s:
-            return
-        self._next_s = now_s + _PERIOD_S
-        counts, self._counts = self._counts, {}
-        for metric, amount in counts.items():
-            metric.increment(amount)
-        if self._stats is not None and self._stats != self._published_stats:
-            stats = self._published_stats = self._stats
-            self._gauges["num_requests_running"].set(stats.num_requests_running)
-            self._gauges["num_requests_waiting"].set(stats.num_requests_waiting)
-            self._gauges["gpu_cache_usage_perc"].set(stats.num_pages_held / stats.num_pages)
-
     def _add(self, metric: Any, amount: float) -> None:
-        self._counts[metric] = self._counts.get(metric, 0.0) + amount
+        if amount:
+            self._counts[metric] = self._counts.get(metric, 0.0) + amount
 
     def _observe(self, name: str, value: float) -> None:
-        self._histograms[name].observe(max(0.0, value))
+        self._samples.append((self._histograms[name], max(0.0, value)))
 
     def _family(self, name: str, text: str, kind: str) -> Any:
         family = pb_utils.MetricFamily(name=name, description=text, kind=getattr(pb_utils.MetricFamily, kind))

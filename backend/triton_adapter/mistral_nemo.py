@@ -59,11 +59,11 @@ class MistralNemo:
             try:
                 self._accept(request, sender)
             except NemoError as error:
-                self._metrics.observe_failure()
+                self._metrics.observe_failures()
                 sender.send(tensors.error_response(error), flags=tensors.FINAL)
             except Exception as error:  # a bug of ours must fail this request alone
                 log.exception("request %r failed", request.request_id())
-                self._metrics.observe_failure()
+                self._metrics.observe_failures()
                 sender.send(tensors.error_response(error), flags=tensors.FINAL)
 
     def close(self) -> None:
@@ -113,22 +113,17 @@ class MistralNemo:
             self._engine.abort(handle)
 
     def _on_step(self, step: messages.Step) -> None:
-        self._metrics.observe_stats(step.stats)
         self._responder.add(step.tokens)
         for failed in step.failed:
-            self._metrics.observe_failure()
             self._responder.fail(failed.handle, _ERRORS[failed.kind](failed.message))
-        for event in step.tokens:
-            if event.finish is not None:
-                self._metrics.observe_finish(event.finish, is_request_end=event.is_request_end)
+        self._metrics.observe_step(step)
 
     def _on_death(self, reason: str) -> None:
         log.error("%s; requests are refused until it is restarted", reason)
         with self._lock:
             self._death = f"{reason}; it is being restarted, try again soon"
         num_failed = self._responder.fail_all(EngineFailure(self._death))
-        for _ in range(num_failed):
-            self._metrics.observe_failure()
+        self._metrics.observe_failures(num_failed)
         announce("engine", pid=os.getpid(), failure=reason)
 
 

@@ -7,6 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
 from backend.checkpoint.vocabulary import read_vocabulary
 from backend.errors import NemoError, RequestError
 from backend.logs import start_logging
@@ -24,13 +27,13 @@ _PROMPTS = ("text_input", "messages", "prompt_token_ids")
 class Preprocessing:
     """Text, chat messages or ids -> `prompt_token_ids`; refuses what nobody behind it looks at."""
 
-    def __init__(self, model_config: dict[str, Any], repository: Path) -> None:
+    def __init__(self, repository: Path) -> None:
         settings = Settings.load(read_model_parameters(repository / "mistral_nemo" / "config.pbtxt"))
         start_logging(settings.log_level)
         vocabulary = read_vocabulary(Path(settings.checkpoint))
         self._tokenizer = Tokenizer(vocabulary)
         self._chat = ChatTemplate(vocabulary)
-        self._input_names = tensors.input_names(model_config)
+        self._input_names = ensemble_inputs(repository / "ensemble" / "config.pbtxt")
         announce("preprocessing")
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -66,6 +69,12 @@ class Preprocessing:
         if given == ["messages"]:
             return self._chat.encode(inputs.text("messages") or "", inputs.text("tools") or None)
         return inputs.numbers("prompt_token_ids") or []
+
+
+def ensemble_inputs(config_path: Path) -> tuple[str, ...]:
+    """What a client may send: most of it passes this model by, but a client that sent something else is told here."""
+    config = text_format.Parse(config_path.read_text(), model_config_pb2.ModelConfig())
+    return tuple(tensor.name for tensor in config.input)
 
 
 def check_neutral_inputs(inputs: Inputs) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the tokenizer."""
-        self._model = Preprocessing(json.loads(args["model_config"]), Path(__file__).parents[2])
+        self._model = Preprocessing(Path(__file__).parents[2])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request."""
