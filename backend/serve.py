@@ -156,6 +156,7 @@ Ctrl-C stops after the running answers are finished.
             else:
                 log.error("%s; restarting it", problem)
                 self._server.api.unload("mistral_nemo")
+                self._server.count_engine_restart()
                 self._load_together(("mistral_nemo",))
                 self._load_together(("ensemble",))
                 self._steady_since_s = time.monotonic()

@@ -36,8 +36,9 @@ _LINES_WITHOUT_GPU = (
     b"Signal (15) received",
 )
 
-# Starts the server as a child that does not outlive the supervisor (1 is PR_SET_PDEATHSIG).
-_LAUNCH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+# Starts the server as a child that does not outlive the supervisor (1 is PR_SET_PDEATHSIG, 9 is SIGKILL: on SIGTERM it would
+# wait for its running streams). Its stubs see that it is gone, and clean up.
+_LAUNCH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,11 @@ class ServerProcess:
         presence = self.presence("engine")
         return presence.failure or None if presence is not None else None
 
+    def count_engine_restart(self) -> None:
+        """Leave the number of restarts where the next engine's adapter reads it for its metric."""
+        path = self.run_folder / "engine_restarts"
+        path.write_text(str(int(path.read_text()) + 1 if path.exists() else 1))
+
     def drain(self, grace_s: float, keep_waiting: Callable[[], bool]) -> bool:
         """Stop taking requests, let the running ones finish for `grace_s`, then take them back; True if none was taken back.
 
@@ -168,8 +174,8 @@ class ServerProcess:
             return
         if self.exit_status is None:
             self._process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=_KILL_AFTER_S)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs while an idle client keeps its stream open
+                self._process.wait(timeout=2 * _EXIT_TIMEOUT_S)
         self._kill_what_is_left()
         for region in Path("/dev/shm").glob(f"{self._shared_memory_prefix}*"):
             region.unlink(missing_ok=True)

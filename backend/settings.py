@@ -57,10 +57,21 @@ class Settings:
         0,
         "tokens the KV pages hold, rounded down to pages of 64; 0: from the memory there is, at most 65,536 on the CPU",
     )
+    kv_swap_ratio: float = _setting(
+        1.0,
+        "host pages per device page, for sequences that must give way; 0: none ever does, each waits until all its pages fit",
+        high=16,
+    )
+    prefix_cache: bool = _setting(
+        True, "share KV pages of equal prompt beginnings between requests of equal `cache_salt`"
+    )
     default_max_tokens: int = _setting(
         256, "`max_tokens` of a request that names none, lowered to what is left of max_model_len", low=1
     )
     max_queued_requests: int = _setting(1024, "requests that may wait; one more is refused with UNAVAILABLE", low=1)
+    max_queued_tokens: int = _setting(
+        0, "prompt tokens that may wait; a request beyond is refused with UNAVAILABLE; 0: no bound"
+    )
     default_deadline_ms: int = _setting(600_000, "`deadline_ms` of a request that names none; 0: none")
     num_threads: int = _setting(
         0, "threads of the PyTorch runner on the CPU; 0: one a physical core, less one for the server", high=1024
@@ -73,7 +84,7 @@ class Settings:
                 raise ConfigError(
                     f"setting {name}: must be one of {', '.join(metadata['choices'])}, got {shown(value)}"
                 )
-            if not isinstance(value, str) and not metadata["low"] <= value <= metadata["high"]:
+            if not isinstance(value, str | bool) and not metadata["low"] <= value <= metadata["high"]:
                 raise ConfigError(
                     f"setting {name}: must be in [{metadata['low']}, {metadata['high']}], got {shown(value)}"
                 )
@@ -135,10 +146,12 @@ def settings_table() -> str:
     """The settings as a Markdown table."""
     lines = ["| setting | default | bounds | meaning |", "|---|---|---|---|"]
     for f in fields(Settings):
-        bounds = ", ".join(f.metadata["choices"])
-        if not isinstance(f.default, str):
+        bounds = "true, false" if isinstance(f.default, bool) else ", ".join(f.metadata["choices"])
+        if not isinstance(f.default, str | bool):
             bounds = f"{f.metadata['low']:,} to {f.metadata['high']:,}"
-        default = f"{f.default:,}" if isinstance(f.default, int) else str(f.default)
+        default = str(f.default).lower()
+        if isinstance(f.default, int) and not isinstance(f.default, bool):
+            default = f"{f.default:,}"
         lines.append(f"| `{f.name}` | {default} | {bounds} | {f.metadata['help']} |")
     return "\n".join(lines)
 
@@ -148,7 +161,7 @@ def write_settings_table(readme: Path) -> None:
     text = readme.read_text()
     before, begin, rest = text.partition(TABLE_BEGIN)
     _, end, after = rest.partition(TABLE_END)
-    assert begin, f"{readme} lacks the begin marker of the settings table"
+    assert begin, f"{readme} lacks the markers of the settings table"
     assert end, f"{readme} lacks the end marker of the settings table"
     readme.write_text(f"{before}{begin}\n\n{settings_table()}\n\n{end}{after}")
 

@@ -21,6 +21,8 @@ from backend.settings import Settings
 
 log = logging.getLogger("nemo.engine")
 _STOP_TIMEOUT_S = 10.0
+_WATCH_PERIOD_S = 0.5
+_MOST_SILENT_PERIODS = 14
 
 
 class EngineProcess:
@@ -38,9 +40,13 @@ class EngineProcess:
         self._settings = settings
         self._send_lock = threading.Lock()
         self._is_closing = False
+        self._stuck = ""
+        self._num_messages = 0
+        self._is_over = threading.Event()
         self._connection: Connection
         self._process: subprocess.Popen[bytes]
         self._receiver: threading.Thread
+        self._watchdog: threading.Thread
 
     @property
     def pid(self) -> int:
@@ -66,8 +72,11 @@ class EngineProcess:
             self._process.wait()
             self._connection.close()
             raise
+        self._step_timeout_s = ready.step_timeout_s
         self._receiver = threading.Thread(target=self._receive, name="engine-receiver", daemon=True)
         self._receiver.start()
+        self._watchdog = threading.Thread(target=self._watch, name="engine-watchdog", daemon=True)
+        self._watchdog.start()
         return ready
 
     def submit(self, request: GenerationRequest) -> None:
@@ -97,6 +106,7 @@ class EngineProcess:
             self._process.kill()
             self._process.wait()
         self._receiver.join()
+        self._watchdog.join()
         self._connection.close()
 
     def _send(self, message: messages.ToEngine) -> None:
@@ -128,8 +138,11 @@ class EngineProcess:
         try:
             while True:
                 message = messages.receive_from_engine(self._connection)
+                self._num_messages += 1
                 if isinstance(message, messages.Step):
                     self._on_step(message)
+                elif isinstance(message, messages.Alive) and message.turn_age_s > self._step_timeout_s:
+                    self._kill_stuck(f"its current step takes longer than {self._step_timeout_s:.0f} s")
                 elif isinstance(message, messages.Fatal):
                     reason = message.message
         except (EOFError, OSError):
@@ -138,8 +151,26 @@ class EngineProcess:
             log.exception("a message of the engine could not be taken over")
             self._process.kill()
             reason = f"{type(error).__name__}: {error}"
+        self._is_over.set()
         if not self._is_closing:
-            self._on_death(f"the engine ended, {reason or self._exit_status()}")
+            self._on_death(f"the engine ended, {reason or self._stuck or self._exit_status()}")
+
+    def _watch(self) -> None:
+        """Kill an engine that says nothing any more (it reports every second): it is stopped, or stuck as a whole.
+
+        Periods are counted, not seconds: when this process itself was stopped for a while, the engine is not to blame.
+        """
+        num_silent_periods, num_messages = 0, -1
+        while not self._is_over.wait(_WATCH_PERIOD_S):
+            num_silent_periods = num_silent_periods + 1 if num_messages == self._num_messages else 0
+            num_messages = self._num_messages
+            if num_silent_periods == _MOST_SILENT_PERIODS:
+                self._kill_stuck(f"it said nothing for {_MOST_SILENT_PERIODS * _WATCH_PERIOD_S:.0f} s")
+
+    def _kill_stuck(self, reason: str) -> None:
+        self._stuck = f"it was stuck and was killed: {reason}"
+        log.error("the engine: %s", self._stuck)
+        self._process.kill()
 
     def _exit_status(self) -> str:
         try:

@@ -6,6 +6,7 @@ from enum import StrEnum
 
 import msgspec
 
+from backend.engine.plan import TokenLogProbs
 from backend.engine.text_stream import TextCut
 
 
@@ -21,7 +22,8 @@ class FinishReason(StrEnum):
 class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The end of one sequence. `stop_reason` is the stop string, the stop id in decimal, or empty.
 
-    Times are nanoseconds of the monotonic clock, 0 when the moment never came.
+    Times are nanoseconds of the monotonic clock, 0 when the moment never came. `prompt_log_probs` has an entry for each prompt
+    token but the first, when they were asked for.
     """
 
     reason: FinishReason
@@ -33,6 +35,7 @@ class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):
     first_scheduled_time_ns: int
     first_token_time_ns: int
     last_token_time_ns: int
+    prompt_log_probs: tuple[TokenLogProbs, ...] = ()
 
 
 class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -40,7 +43,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     `text_ids`, `text_skip_bytes`, `text_take_bytes` are a TextCut. `is_closed`: nothing may be joined behind these ids in the
     same response, because they end in a control id. `finish` comes with the last event of a sequence, exactly once;
-    `is_request_end` with the last of all its request's sequences.
+    `is_request_end` with the last of all its request's sequences. `log_prob` belongs to the last of `token_ids` (those before it
+    are an echo).
     """
 
     handle: int
@@ -52,6 +56,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     is_closed: bool
     finish: Finish | None
     is_request_end: bool = False
+    log_prob: TokenLogProbs | None = None
 
     @property
     def text(self) -> TextCut:
@@ -62,6 +67,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class FailureKind(StrEnum):
     """Which error of backend.errors a failed request is answered with."""
 
+    INVALID = "invalid"
     QUEUE_FULL = "queue_full"
     DEADLINE = "deadline"
     CANCELLED = "cancelled"
@@ -77,10 +83,21 @@ class RequestFailed(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """How busy the engine is after a step."""
+    """How busy the engine is after a step. Pages, requests and sequences are gauges; steps, tokens and preemptions only grow.
+
+    `num_preempted_sequences` counts how often a sequence lost pages to another, `num_swapped_pages` pages moved to the host.
+    `busy_s`: seconds the loop spent in turns that ran or committed a step.
+    """
 
     num_requests_running: int
     num_requests_waiting: int
     num_pages: int
     num_pages_held: int
+    num_pages_cached: int
     num_steps: int
+    num_planned_tokens: int
+    num_prefix_queried_tokens: int
+    num_prefix_hit_tokens: int
+    num_preempted_sequences: int
+    num_swapped_pages: int
+    busy_s: float = 0.0

@@ -47,13 +47,23 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The engine serves: the bounds requests are validated against, and a description for log and metadata."""
+    """The engine serves: the bounds requests are validated against, and a description for log and metadata.
+
+    A step that takes longer than `step_timeout_s` is stuck.
+    """
 
     vocab_size: int
     max_model_len: int
     max_num_seqs: int
     num_pages: int
+    step_timeout_s: float
     description: dict[str, str]
+
+
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """Sent every second while the engine serves: how long the loop has been in its current turn, 0 when it is idle."""
+
+    turn_age_s: float
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
@@ -72,7 +82,7 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
 
 
 ToEngine = Start | Submit | Abort | AbortRequestId
-FromEngine = Loading | Ready | Step | Fatal
+FromEngine = Loading | Ready | Alive | Step | Fatal
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

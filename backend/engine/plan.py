@@ -22,12 +22,22 @@ class SlotStart:
     """Sent with the first row of a sequence: everything the sampler needs to know of it.
 
     `prompt_token_ids` is the whole prompt (repetition penalty). `ending_ids` must not be sampled before `min_tokens` outputs.
+    `num_logprobs` None: no log-probabilities; otherwise the chosen token's and those of the so many most likely.
     """
 
     sampling: SamplingParams
     prompt_token_ids: tuple[int, ...]
     min_tokens: int = 0
     ending_ids: tuple[int, ...] = ()
+    num_logprobs: int | None = None
+
+
+class PageCopy(msgspec.Struct, frozen=True):
+    """K and V of one page, all layers, copied between a device page and a host page before anything of the step runs."""
+
+    source: int
+    target: int
+    is_to_host: bool
 
 
 class PlanRow(msgspec.Struct, frozen=True, gc=False):
@@ -36,6 +46,10 @@ class PlanRow(msgspec.Struct, frozen=True, gc=False):
     A prefill row carries its ids in `token_ids` (length `num_tokens`); a decode row has none and `num_tokens` 1: its id is
     the one last sampled in `slot`. `page_ids` covers positions 0 to `start + num_tokens - 1` at least; token t lies in
     `page_ids[t // 64]` at offset `t % 64`. `is_sampled`: draw the next id from the logits of the last of these tokens.
+    `num_prompt_logprobs`: also give the log-probability of each next prompt token, with those of the so many most likely; for
+    the chunk's tokens at positions p with p + 1 in the prompt.
+    A decode row may carry ids too, when a grammar forces them: `token_ids` then begins with the id last sampled in the slot,
+    and the other `num_forced` ones become part of the output without being drawn. `is_guided`: the draw needs a mask.
     """
 
     slot: int
@@ -45,20 +59,29 @@ class PlanRow(msgspec.Struct, frozen=True, gc=False):
     page_ids: tuple[int, ...]
     is_sampled: bool
     slot_start: SlotStart | None = None
-    # NOTE: a Struct, because hundreds of these are made each step, and a frozen dataclass takes ten times as long to make.
+    num_prompt_logprobs: int | None = None
+    num_forced: int = 0
+    is_guided: bool = False
+    # NOTE: a Struct, because hundreds of these are made each step, and a frozen dataclass takes six times as long to make.
 
     @property
     def is_decode(self) -> bool:
-        """Whether the id to run is the one last sampled in the slot."""
+        """Whether the id to run is the one last sampled in the slot, and known there alone."""
         return not self.token_ids
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: decode rows first, then prefill chunks. `step` counts from 0."""
+    """One step: the copies in order, then decode rows first, then prefill chunks. `step` counts from 0."""
 
     step: int
     rows: tuple[PlanRow, ...]
+    copies: tuple[PageCopy, ...] = ()
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether a draw of this step depends on a grammar, and so on the ids of the step before."""
+        return any(row.is_guided and row.is_sampled for row in self.rows)
 
     @property
     def num_tokens(self) -> int:
@@ -66,8 +89,26 @@ class StepPlan:
         return sum(row.num_tokens for row in self.rows)
 
 
+class TokenLogProbs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities (natural, of the model's own logits, before penalties, filters and temperature) at one place.
+
+    `rank` of the token that stands there, 1 for the most likely; `top_ids` and `top_log_probs` in falling order.
+    """
+
+    log_prob: float
+    rank: int
+    top_ids: tuple[int, ...] = ()
+    top_log_probs: tuple[float, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The sampled ids: one per row with `is_sampled`, in the order of the rows."""
+    """What came out of a step, in the order of its rows.
+
+    `token_ids` and `log_probs`: one per row with `is_sampled`; a log-probability is None where none was asked for, and
+    `log_probs` is empty when nobody asked. `prompt_log_probs`: one tuple per row with `num_prompt_logprobs`.
+    """
 
     token_ids: tuple[int, ...]
+    log_probs: tuple[TokenLogProbs | None, ...] = ()
+    prompt_log_probs: tuple[tuple[TokenLogProbs, ...], ...] = ()

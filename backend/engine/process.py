@@ -2,6 +2,7 @@
 
     main thread     the engine loop
     reader          messages of the owner -> the loop's inbox; end of file ends the process
+    life            tells the owner every second how long the loop has been in its turn
     writer          the loop's events -> messages, so that a slow owner never holds up a step
 
 Started by EngineProcess (engine_process.py) with the number of an inherited socket. SIGINT is ignored (Ctrl-C reaches the
@@ -26,6 +27,7 @@ from backend.checkpoint.vocabulary import read_vocabulary
 from backend.engine import messages
 from backend.engine.engine import Engine
 from backend.engine.events import EngineStats, RequestFailed, TokenEvent
+from backend.engine.guide import GuideCompiler
 from backend.engine.plan import PAGE_TOKENS
 from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
 from backend.errors import ConfigError
@@ -36,6 +38,7 @@ from backend.settings import Settings
 log = logging.getLogger("nemo.engine")
 _PR_SET_PDEATHSIG = 1
 _STATS_PERIOD_S = 0.1
+_LIFE_PERIOD_S = 1.0
 
 
 class Outbox:
@@ -93,6 +96,9 @@ def build_engine(settings: Settings, outbox: Outbox) -> Engine:
     )
     limits = SchedulerLimits(
         num_pages=served.runner.num_pages,
+        num_host_pages=served.runner.num_host_pages,
+        max_queued_tokens=settings.max_queued_tokens,
+        has_prefix_cache=settings.prefix_cache,
         max_num_seqs=served.runner.max_num_seqs,
         max_step_tokens=settings.max_step_tokens,
         max_queued_requests=settings.max_queued_requests,
@@ -105,10 +111,15 @@ def build_engine(settings: Settings, outbox: Outbox) -> Engine:
             served.max_model_len,
             limits.max_num_seqs,
             limits.num_pages,
+            served.step_timeout_s,
             served.runner.describe() | served.description,
         )
     )
-    return Engine(scheduler, served.runner, outbox.put_step)
+    compile_guide = None
+    if served.has_guides:
+        compiler = GuideCompiler(vocabulary)
+        compile_guide = lambda spec, num_matchers: compiler.compile(spec.kind, spec.text, num_matchers)  # noqa: E731
+    return Engine(scheduler, served.runner, outbox.put_step, compile_guide)
 
 
 def read_orders(connection: Connection, engine: Engine) -> None:
@@ -128,6 +139,13 @@ def read_orders(connection: Connection, engine: Engine) -> None:
         engine.stop()
 
 
+def report_life(engine: Engine, outbox: Outbox) -> None:
+    """Tell the owner every second how long the loop has been in its turn; it decides what is stuck."""
+    while True:
+        outbox.put(messages.Alive(engine.turn_age_s))
+        time.sleep(_LIFE_PERIOD_S)
+
+
 def main(file_descriptor: int) -> int:
     """Serve the owner at the other end of the socket; the exit status is 0 only after it closed the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -141,6 +159,7 @@ def main(file_descriptor: int) -> int:
         engine = build_engine(start.settings, outbox)
         signal.signal(signal.SIGTERM, lambda *_: engine.abort_all())
         threading.Thread(target=read_orders, args=(connection, engine), name="reader", daemon=True).start()
+        threading.Thread(target=report_life, args=(engine, outbox), name="life", daemon=True).start()
         engine.run()
     except Exception as error:  # the last stop of this process: say what happened, then end it
         is_config = isinstance(error, ConfigError)

@@ -11,6 +11,12 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_BYTES = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_NUM_RETURN_SEQUENCES = 128
+MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 1024
+MAX_BAD_WORD_TOKENS = 64
+MAX_LOGPROBS = 20
+MAX_PRIORITY = 1000
+MAX_SALT_CHARACTERS = 256
 MAX_SEED = 2**64 - 1
 
 
@@ -21,11 +27,14 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one token is drawn from its logits, in this order: penalties, `min_tokens` mask, temperature, top-k, top-p, min-p.
+    """How one token is drawn from its logits, in this order: penalties, `logit_bias`, `bad_words` and `min_tokens` masks,
+    temperature, top-k, top-p, min-p.
 
     `temperature` 0 is greedy (the largest logit, the lowest id on a tie); the default is greedy. `top_k` 0, `top_p` 1 and
     `min_p` 0 are off. `repetition_penalty` covers prompt and output and divides positive, multiplies negative logits;
     `presence_penalty` and `frequency_penalty` cover the output only and are subtracted once, and once per occurrence.
+    `logit_bias` is added to the logits of its ids. `bad_words` are sequences of ids: the last id of one is never drawn where the
+    output ends in the ids before it.
     `seed` and the token's position key the noise, so a draw does not depend on what else runs.
     """
 
@@ -37,6 +46,8 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
     @property
     def is_greedy(self) -> bool:
@@ -62,6 +73,23 @@ class SamplingParams:
         _check_range("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _check_range("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
         _check_range("seed", self.seed, 0, MAX_SEED)
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise RequestError("logit_bias_ids", f"at most {MAX_LOGIT_BIAS} ids, got {len(self.logit_bias)}")
+        for _, value in self.logit_bias:
+            _check_range("logit_bias_values", value, -100.0, 100.0)
+        if len(self.bad_words) > MAX_BAD_WORDS:
+            raise RequestError("bad_words", f"at most {MAX_BAD_WORDS} words, got {len(self.bad_words)}")
+        for word in self.bad_words:
+            if not 1 <= len(word) <= MAX_BAD_WORD_TOKENS:
+                raise RequestError("bad_words", f"each must have 1 to {MAX_BAD_WORD_TOKENS} tokens, got {len(word)}")
+
+
+@dataclass(frozen=True, slots=True)
+class GuideSpec:
+    """A grammar as the client gave it: `kind` is one of GuideKind (guide.py), `text` the schema, regex, grammar or choices."""
+
+    kind: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +101,10 @@ class GenerationRequest:
     `stop_strings` end it at the matched bytes (their ids are sent and counted, their text is not).
     `deadline_ms` counts from arrival; None means the engine's default, which may be none.
     `echo` puts the prompt's ids and text before the output.
+    `priority`: lower runs first. Requests share prefix pages only with those of the same `cache_salt`.
+    `num_logprobs` None: none; otherwise the drawn token's log-probability and those of the so many most likely.
+    `guide`: a grammar the output must follow.
+    `num_prompt_logprobs`: the same for the prompt; only then `max_tokens` may be 0 (score the prompt, generate nothing).
     """
 
     handle: int
@@ -89,6 +121,11 @@ class GenerationRequest:
     deadline_ms: int | None = None
     echo: bool = False
     stream: bool = False
+    priority: int = 0
+    cache_salt: str = ""
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    guide: GuideSpec | None = None
 
     def validate(self, vocab_size: int, max_model_len: int) -> None:
         """Raise RequestError naming field, bound and value when the request cannot be served.
@@ -103,15 +140,17 @@ class GenerationRequest:
             raise RequestError("stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids, got {len(self.stop_token_ids)}")
         if self.end_id is not None:
             self._check_ids("end_id", (self.end_id,), vocab_size)
-        if self.max_tokens < 1:
-            raise RequestError("max_tokens", f"must be at least 1, got {self.max_tokens}")
+        least = 1 if self.num_prompt_logprobs is None else 0
+        if self.max_tokens < least:
+            hint = " (0 needs prompt_logprobs)" if least else ""
+            raise RequestError("max_tokens", f"must be at least {least}{hint}, got {self.max_tokens}")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise RequestError("min_tokens", f"must be in [0, max_tokens = {self.max_tokens}], got {self.min_tokens}")
         num_prompt = len(self.prompt_token_ids)
-        if num_prompt >= max_model_len:
+        if num_prompt > max_model_len - least:
             raise RequestError(
                 "prompt_token_ids",
-                f"the prompt has {num_prompt} tokens, at most {max_model_len - 1} leave room for one more in the served "
+                f"the prompt has {num_prompt} tokens, at most {max_model_len - least} fit with {least} more into the served "
                 f"max_model_len {max_model_len}",
             )
         if num_prompt + self.max_tokens > max_model_len:
@@ -131,7 +170,30 @@ class GenerationRequest:
                 raise RequestError("stop_words", f"each must have 1 to {MAX_STOP_BYTES} bytes, got {len(text)}")
         if self.deadline_ms is not None and self.deadline_ms < 1:
             raise RequestError("deadline_ms", f"must be at least 1, got {self.deadline_ms}")
+        _check_range("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        if len(self.cache_salt) > MAX_SALT_CHARACTERS:
+            raise RequestError("cache_salt", f"at most {MAX_SALT_CHARACTERS} characters, got {len(self.cache_salt)}")
+        for name, value in (("num_logprobs", self.num_logprobs), ("prompt_logprobs", self.num_prompt_logprobs)):
+            if value is not None:
+                _check_range(name, value, 0, MAX_LOGPROBS)
+        self._check_ids("logit_bias_ids", tuple(token_id for token_id, _ in self.sampling.logit_bias), vocab_size)
+        for word in self.sampling.bad_words:
+            self._check_ids("bad_words", word, vocab_size)
         self.sampling.validate()
+        if self.guide is not None:
+            self._check_guide()
+
+    def _check_guide(self) -> None:
+        """A grammar decides itself where an output ends and what may come: refuse what would contradict it."""
+        contradictions = {
+            "ignore_eos": self.ignore_eos,
+            "end_id": self.end_id is not None,
+            "min_tokens": self.min_tokens > 0,
+            "bad_words": bool(self.sampling.bad_words),
+        }
+        for name, is_given in contradictions.items():
+            if is_given:
+                raise RequestError(name, "cannot be combined with guided decoding: leave one of them out")
 
     @staticmethod
     def _check_ids(name: str, ids: tuple[int, ...], vocab_size: int) -> None:

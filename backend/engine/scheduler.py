@@ -3,22 +3,23 @@
 A step is planned before the result of the one before is known. So a sequence may turn out to have ended while its next
 token is already in flight: `commit` drops that token, and slot and pages are given back only when nothing is in flight.
 
-Admission reserves the pages of a whole generation, so a running sequence never waits for memory and never has to give way.
+Sequences have a fixed rank: arrival, moved by priority. Memory and budget are given out in that order, and a sequence may push
+pages of lower-ranked ones out to the host (kv_memory.py), never the other way round.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 
-from backend.engine.events import EngineStats, FailureKind, Finish, FinishReason, RequestFailed, TokenEvent
-from backend.engine.page_pool import PagePool
-from backend.engine.plan import PAGE_TOKENS, PlanRow, StepPlan, StepResult
-from backend.engine.request import GenerationRequest
-from backend.engine.sequence import Phase, RequestGroup, Sequence
-from backend.engine.text_stream import TextCut
-from backend.errors import QueueFull
+from backend.engine.events import EngineStats, FailureKind, FinishReason, RequestFailed, TokenEvent
+from backend.engine.kv_memory import KvMemory
+from backend.engine.plan import PAGE_TOKENS, PlanRow, StepPlan, StepResult, TokenLogProbs
+from backend.engine.request import GenerationRequest, num_pages_for
+from backend.engine.sequence import Guide, Mask, Phase, RequestGroup, Sequence, rank_of
+from backend.engine.waiting_queue import WaitingQueue
+from backend.errors import RequestError
 
 _NEVER_NS = 2**63 - 1
 Event = TokenEvent | RequestFailed
@@ -26,13 +27,16 @@ Event = TokenEvent | RequestFailed
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """Bounds of a step and of the queue; `default_deadline_ms` 0 means none."""
+    """Bounds of a step, of memory and of the queue; 0 means none for `default_deadline_ms` and `max_queued_tokens`."""
 
     num_pages: int
     max_num_seqs: int
     max_step_tokens: int
     max_queued_requests: int
     default_deadline_ms: int = 0
+    num_host_pages: int = 0
+    max_queued_tokens: int = 0
+    has_prefix_cache: bool = True
 
 
 class Scheduler:
@@ -43,35 +47,47 @@ class Scheduler:
         self.limits = limits
         self._token_bytes = token_bytes
         self._eos_id = eos_id
-        self._pool = PagePool(limits.num_pages)
+        self._memory = KvMemory(limits.num_pages, limits.num_host_pages)
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
-        self._waiting: deque[Sequence] = deque()
-        self._num_waiting_requests = 0
-        self._num_running_requests = 0
-        self._next_deadline_ns = _NEVER_NS
-        self._running: dict[int, Sequence] = {}
+        self._waiting = WaitingQueue(limits.max_queued_requests, limits.max_queued_tokens)
+        self._running: list[Sequence] = []
+        self._by_slot: dict[int, Sequence] = {}
         self._groups: dict[int, RequestGroup] = {}
+        self._next_deadline_ns = _NEVER_NS
+        self._num_running_requests = 0
+        self._failures: list[Event] = []
+        self._num_accepted = 0
         self._num_steps = 0
+        self._num_planned_tokens = 0
+        self._num_preempted = 0
 
     @property
     def has_work(self) -> bool:
         """Whether a sequence waits, runs or has a step in flight."""
         return bool(self._waiting or self._running)
 
-    def add(self, request: GenerationRequest, now_ns: int) -> None:
-        """Queue a validated request; QueueFull when `max_queued_requests` requests wait already."""
-        if self._num_waiting_requests >= self.limits.max_queued_requests:
-            raise QueueFull(
-                f"the queue is full: {self._num_waiting_requests} requests wait, max_queued_requests is "
-                f"{self.limits.max_queued_requests}; try again later"
-            )
+    def add(self, request: GenerationRequest, now_ns: int, guide: Guide | None = None) -> None:
+        """Queue a validated request; QueueFull when the queue is at `max_queued_requests` or `max_queued_tokens`.
+
+        `guide`: the compiled grammar that every sequence of the request must follow.
+        """
+        self._waiting.check_room(request)
         deadline_ms = request.deadline_ms or self.limits.default_deadline_ms
-        deadline_ns = now_ns + deadline_ms * 1_000_000 if deadline_ms else _NEVER_NS
-        group = RequestGroup(request, self._token_bytes, self._eos_id, now_ns, deadline_ns)
+        group = RequestGroup(
+            request,
+            self._token_bytes,
+            self._eos_id,
+            PAGE_TOKENS,
+            now_ns,
+            now_ns + deadline_ms * 1_000_000 if deadline_ms else _NEVER_NS,
+            self._num_accepted,
+            has_prefix_cache=self.limits.has_prefix_cache,
+            guide=guide,
+        )
+        self._num_accepted += 1
         self._groups[request.handle] = group
-        self._next_deadline_ns = min(self._next_deadline_ns, deadline_ns)
-        self._waiting.extend(group.sequences)
-        self._num_waiting_requests += 1
+        self._next_deadline_ns = min(self._next_deadline_ns, group.deadline_ns)
+        self._waiting.add(group)
 
     def abort(self, handle: int) -> list[Event]:
         """Take a request back; a handle that is unknown or finished is no error (the two cross on the way)."""
@@ -103,83 +119,179 @@ class Scheduler:
         return events
 
     def plan(self, now_ns: int) -> StepPlan | None:
-        """The next step, or None when nothing can run: decodes first, then running prefills, then new sequences."""
-        budget = self.limits.max_step_tokens
-        rows: list[PlanRow] = []
-        for sequence in self._running.values():
-            if sequence.phase is Phase.DECODE and sequence.wants_another_token:
-                rows.append(self._decode_row(sequence))
-                budget -= 1
-        for sequence in self._running.values():
-            if sequence.phase is Phase.PREFILL and budget:
-                rows.append(self._prefill_row(sequence, budget))
-                budget -= rows[-1].num_tokens
-        while budget and self._waiting and self._can_admit(self._waiting[0]):
-            sequence = self._waiting.popleft()
-            self._admit(sequence, now_ns)
-            rows.append(self._prefill_row(sequence, budget))
-            budget -= rows[-1].num_tokens
-        if not rows:
+        """The next step, or None when nothing can run: decodes first, then prefill chunks.
+
+        Memory is given out in the order of ranks before that, so a sequence only ever takes pages of those behind it, which
+        have no row in this step yet.
+        """
+        self._admit_waiting(now_ns)
+        decodes: list[PlanRow] = []
+        prefills: list[PlanRow] = []
+        is_decoding = list(map(_is_decoding, self._running))
+        budget = self.limits.max_step_tokens - sum(is_decoding)
+        for position, sequence in enumerate(self._running):
+            if is_decoding[position]:
+                known_ids = () if sequence.guide is None else self._known_ids(sequence, 1 + budget)
+                num_tokens = len(known_ids) or 1
+                if self._make_ready(sequence, position, sequence.num_planned_tokens + num_tokens):
+                    decodes.append(self._decode_row(sequence, known_ids))
+                    budget -= num_tokens - 1
+            elif sequence.phase is Phase.PREFILL and budget:
+                end = min(sequence.num_planned_tokens + budget, sequence.num_prompt_tokens)
+                if self._make_ready(sequence, position, end):
+                    prefills.append(self._prefill_row(sequence, end))
+                    budget -= prefills[-1].num_tokens
+        if not decodes and not prefills:
             return None
         self._num_steps += 1
-        return StepPlan(self._num_steps - 1, tuple(rows))
+        plan = StepPlan(self._num_steps - 1, (*decodes, *prefills), self._memory.take_copies())
+        self._num_planned_tokens += plan.num_tokens
+        return plan
 
     def commit(self, plan: StepPlan, result: StepResult, now_ns: int) -> list[Event]:
         """Take over the ids of a finished step."""
-        events: list[Event] = []
+        events, self._failures = self._failures, []
         drawn = iter(result.token_ids)
+        log_probs = iter(result.log_probs or (None,) * len(result.token_ids))
+        prompt_log_probs = iter(result.prompt_log_probs)
         for row in plan.rows:
-            sequence = self._running[row.slot]
+            sequence = self._by_slot[row.slot]
             sequence.num_in_flight -= 1
+            sequence.num_committed_tokens = row.start + row.num_tokens
+            if row.num_prompt_logprobs is not None:
+                sequence.prompt_log_probs += next(prompt_log_probs)
             if row.is_sampled:
-                token_id = next(drawn)
-                sequence.num_draws_in_flight -= 1
+                sequence.num_draws_in_flight -= 1 + row.num_forced
+                token_id, log_prob = next(drawn), next(log_probs)
+                for forced_id in _forced_ids(row):
+                    if sequence.phase is not Phase.FINISHED:
+                        events.append(self._append(sequence, forced_id, None, now_ns))
                 if sequence.phase is not Phase.FINISHED:
-                    events.append(self._append(sequence, token_id, now_ns))
+                    try:
+                        if sequence.guide is not None:
+                            sequence.guide.accept(token_id)
+                    except RequestError as error:
+                        events.append(self._fail(sequence.group, error))
+                    else:
+                        events.append(self._append(sequence, token_id, log_prob, now_ns))
+            elif sequence.is_scored:
+                events.append(sequence.finish_score(now_ns))
+                self._forget_if_finished(sequence.group)
+            if sequence.index == 0 and row.start < sequence.num_prompt_tokens <= sequence.num_committed_tokens:
+                self._waiting.add_siblings(sequence.group)
+            if sequence.num_committed_tokens % PAGE_TOKENS < row.num_tokens:
+                self._memory.name_full_pages(sequence.kv, sequence.num_committed_tokens, sequence.token_ids)
             if sequence.is_releasable:
                 self._release(sequence)
         assert next(drawn, None) is None, "more ids than sampled rows"
         return events
 
+    def masks(self, plan: StepPlan) -> dict[int, Mask]:
+        """What the guided rows of a launched step may draw, by slot. Called once, after the step before was committed.
+
+        A grammar may prove too complex only here: its request fails alone, and `commit` of the step says so.
+        """
+        masks = {}
+        for row in plan.rows:
+            sequence = self._by_slot[row.slot]
+            if row.is_guided and row.is_sampled and sequence.phase is not Phase.FINISHED:
+                assert sequence.guide is not None
+                try:
+                    for token_id in _forced_ids(row):
+                        sequence.guide.accept(token_id)
+                    masks[row.slot] = sequence.guide.mask()
+                except RequestError as error:
+                    self._failures.append(self._fail(sequence.group, error))
+        return masks
+
     def stats(self) -> EngineStats:
         """How busy the engine is."""
         return EngineStats(
             num_requests_running=self._num_running_requests,
-            num_requests_waiting=self._num_waiting_requests,
-            num_pages=self._pool.num_pages,
-            num_pages_held=self._pool.num_held,
+            num_requests_waiting=self._waiting.num_requests,
+            num_pages=self.limits.num_pages,
+            num_pages_held=self._memory.pool.num_referenced,
+            num_pages_cached=self._memory.pool.num_cached,
             num_steps=self._num_steps,
+            num_planned_tokens=self._num_planned_tokens,
+            num_prefix_queried_tokens=self._memory.prefixes.num_queried_tokens,
+            num_prefix_hit_tokens=self._memory.prefixes.num_hit_tokens,
+            num_preempted_sequences=self._num_preempted,
+            num_swapped_pages=self._memory.num_swapped_out_pages,
         )
 
     def check_integrity(self) -> None:
         """Assert that pages, slots and requests add up."""
-        held = [page_id for sequence in self._running.values() for page_id in sequence.page_ids]
-        assert len(held) == len(set(held)), "a page belongs to two sequences"
-        self._pool.check_integrity(len(held))
+        self._memory.check_integrity([sequence.kv for sequence in self._running])
         assert len(self._free_slots) + len(self._running) == self.limits.max_num_seqs, "a slot was lost"
-        num_waiting = len({sequence.request.handle for sequence in self._waiting})
-        assert num_waiting == self._num_waiting_requests, "waiting requests were miscounted"
-        num_running = len({sequence.request.handle for sequence in self._running.values()})
-        assert num_running == self._num_running_requests, "running requests were miscounted"
+        assert self._running == sorted(self._running, key=rank_of), "running sequences are out of order"
         assert all(group.num_unfinished > 0 for group in self._groups.values()), "a finished request is still listed"
+        num_running = len({sequence.request.handle for sequence in self._running})
+        assert num_running == self._num_running_requests, "running requests were miscounted"
+        self._waiting.check_integrity(list(self._groups.values()))
         if not self.has_work:
             assert not self._groups, f"{len(self._groups)} requests are listed but nothing runs or waits"
 
-    def _decode_row(self, sequence: Sequence) -> PlanRow:
-        start = sequence.num_planned_tokens
-        self._count_planned(sequence, 1, is_sampled=True)
-        return PlanRow(sequence.slot, start, 1, (), sequence.page_ids, is_sampled=True)
+    def _make_ready(self, sequence: Sequence, position: int, num_tokens: int) -> bool:
+        """Bring a sequence's pages for its first `num_tokens` tokens onto the device; `position` is its place in the order."""
+        if num_tokens <= sequence.kv.table.num_ready_tokens or self._memory.prepare(sequence.kv, num_tokens, ()):
+            return True
+        lower = self._running[position + 1 :]
+        num_swapped = [other.kv.table.num_swapped for other in lower]
+        is_ready = self._memory.prepare(sequence.kv, num_tokens, [other.kv for other in lower])
+        self._num_preempted += sum(
+            not before and other.kv.table.num_swapped > 0 for before, other in zip(num_swapped, lower, strict=True)
+        )
+        return is_ready
 
-    def _prefill_row(self, sequence: Sequence, budget: int) -> PlanRow:
-        start = sequence.num_planned_tokens
-        end = min(start + budget, sequence.num_prompt_tokens)
+    @staticmethod
+    def _known_ids(sequence: Sequence, most: int) -> tuple[int, ...]:
+        """What a grammar forces: the id that is being drawn and those behind it, when there is at least one behind it.
+
+        Not when log-probabilities are asked for, since an id that is not drawn has none.
+        """
+        if sequence.guide is None or sequence.num_draws_in_flight != 1 or sequence.request.num_logprobs is not None:
+            return ()
+        # One more draw comes behind the forced ids, and all must stay within max_tokens.
+        room = sequence.request.max_tokens - sequence.num_outputs - 1
+        ids = sequence.guide.forced_ids()[: max(0, min(room, most))]
+        return ids if len(ids) > 1 else ()
+
+    def _decode_row(self, sequence: Sequence, known_ids: tuple[int, ...]) -> PlanRow:
+        start, num_forced = sequence.num_planned_tokens, max(0, len(known_ids) - 1)
+        self._count_planned(sequence, 1 + num_forced, is_sampled=True)
+        sequence.num_draws_in_flight += num_forced
+        return PlanRow(
+            sequence.slot,
+            start,
+            1 + num_forced,
+            known_ids,
+            sequence.kv.table.page_ids,
+            is_sampled=True,
+            num_forced=num_forced,
+            is_guided=sequence.guide is not None,
+        )
+
+    def _prefill_row(self, sequence: Sequence, end: int) -> PlanRow:
+        request, start = sequence.request, sequence.num_planned_tokens
         is_last = end == sequence.num_prompt_tokens
-        slot_start = sequence.slot_start() if start == 0 else None
-        self._count_planned(sequence, end - start, is_sampled=is_last)
+        is_sampled = is_last and request.max_tokens > 0
+        slot_start = None if sequence.has_started else sequence.slot_start()
+        sequence.has_started = True
+        self._count_planned(sequence, end - start, is_sampled=is_sampled)
         if is_last:
             sequence.phase = Phase.DECODE
-        ids = sequence.request.prompt_token_ids[start:end]
-        return PlanRow(sequence.slot, start, end - start, ids, sequence.page_ids, is_last, slot_start)
+        return PlanRow(
+            sequence.slot,
+            start,
+            end - start,
+            request.prompt_token_ids[start:end],
+            sequence.kv.table.page_ids,
+            is_sampled,
+            slot_start,
+            request.num_prompt_logprobs if sequence.index == 0 else None,
+            is_guided=sequence.guide is not None,
+        )
 
     @staticmethod
     def _count_planned(sequence: Sequence, num_tokens: int, *, is_sampled: bool) -> None:
@@ -187,88 +299,93 @@ class Scheduler:
         sequence.num_in_flight += 1
         sequence.num_draws_in_flight += is_sampled
 
+    def _admit_waiting(self, now_ns: int) -> None:
+        """Admit in the order of ranks, as long as the step is not full with what runs already."""
+        if not self._waiting:
+            return
+        num_tokens = sum(map(_num_wanted_tokens, self._running))
+        while self._waiting and num_tokens < self.limits.max_step_tokens and self._can_admit(self._waiting.first):
+            sequence = self._waiting.pop_first()
+            self._admit(sequence, now_ns)
+            num_tokens += _num_wanted_tokens(sequence)
+
     def _can_admit(self, sequence: Sequence) -> bool:
-        return bool(self._free_slots) and sequence.num_pages_needed(PAGE_TOKENS) <= self._pool.num_free
+        """Whether there is a slot, a promise, and memory: room for the prompt, or sequences behind it to push out.
+
+        Nobody is admitted past a sequence that lost pages to another.
+        """
+        if not self._free_slots or not self._memory.can_promise(sequence.kv.num_pages_promised):
+            return False
+        if any(other.kv.table.num_swapped for other in self._running if other.rank < sequence.rank):
+            return False
+        has_room = num_pages_for(sequence.num_prompt_tokens, PAGE_TOKENS) <= self._memory.pool.num_available
+        return has_room or not self._running or sequence.rank < self._running[-1].rank
 
     def _admit(self, sequence: Sequence, now_ns: int) -> None:
-        self._count_not_waiting(sequence)
+        """Give a sequence a slot and what the prefix cache has of its prompt."""
         sequence.slot = self._free_slots.pop()
-        sequence.page_ids = self._pool.allocate(sequence.num_pages_needed(PAGE_TOKENS))
+        self._by_slot[sequence.slot] = sequence
+        sequence.num_cached_tokens = self._memory.admit(sequence.kv, sequence.request.prompt_token_ids)
+        sequence.num_planned_tokens = sequence.num_committed_tokens = sequence.num_cached_tokens
         sequence.phase = Phase.PREFILL
         sequence.first_scheduled_time_ns = now_ns
-        self._running[sequence.slot] = sequence
+        insort(self._running, sequence, key=rank_of)
         self._num_running_requests += sequence.group.num_running == 0
         sequence.group.num_running += 1
 
-    def _count_not_waiting(self, sequence: Sequence) -> None:
-        sequence.group.num_waiting -= 1
-        if sequence.group.num_waiting == 0:
-            self._num_waiting_requests -= 1
-
-    def _append(self, sequence: Sequence, token_id: int, now_ns: int) -> TokenEvent:
-        request = sequence.request
-        echoed = self._take_echo(sequence)
-        sequence.num_outputs += 1
-        sequence.group.has_tokens = True
-        sequence.first_token_time_ns = sequence.first_token_time_ns or now_ns
-        sequence.last_token_time_ns = now_ns
-        may_stop = sequence.num_outputs >= request.min_tokens
-        stop = sequence.text.append(token_id, may_stop=may_stop)
-        finish = None
-        if stop is not None:
-            finish = sequence.finish(FinishReason.STOP, stop.decode("utf-8", "replace"))
-        elif may_stop and token_id in sequence.group.ending_ids:
-            is_end = token_id == sequence.group.end_id and token_id not in request.stop_token_ids
-            sequence.text.finish()
-            finish = sequence.finish(FinishReason.STOP, "" if is_end else str(token_id))
-        elif sequence.num_outputs == request.max_tokens:
-            sequence.text.finish()
-            finish = sequence.finish(FinishReason.LENGTH)
-        if finish is not None:
-            self._forget_if_finished(sequence.group)
-        is_closed = not self._token_bytes[token_id]
-        return self._event(sequence, (*echoed, token_id), sequence.text.take(), is_closed, finish)
-
-    def _take_echo(self, sequence: Sequence) -> tuple[int, ...]:
-        if not sequence.is_echo_due:
-            return ()
-        sequence.is_echo_due = False
-        sequence.text.append_echo(sequence.request.prompt_token_ids)
-        return sequence.request.prompt_token_ids
+    def _append(self, sequence: Sequence, token_id: int, log_prob: TokenLogProbs | None, now_ns: int) -> TokenEvent:
+        event = sequence.append(token_id, log_prob, now_ns)
+        self._forget_if_finished(sequence.group)
+        return event
 
     def _end(self, group: RequestGroup, reason: FinishReason, kind: FailureKind, message: str) -> list[Event]:
         """End what is unfinished of a request: an error when it has no token yet, a finish reason afterwards."""
+        events = self._end_sequences(group, reason)
+        return events if group.has_tokens else [RequestFailed(group.request.handle, kind, message)]
+
+    def _fail(self, group: RequestGroup, error: RequestError) -> RequestFailed:
+        """End a request whose grammar cannot be followed any further; tokens it has been sent stay valid."""
+        self._end_sequences(group, FinishReason.CANCELLED)
+        return RequestFailed(group.request.handle, FailureKind.INVALID, str(error))
+
+    def _end_sequences(self, group: RequestGroup, reason: FinishReason) -> list[Event]:
         events: list[Event] = []
         for sequence in group.sequences:
             if sequence.phase is Phase.FINISHED:
                 continue
             if sequence.phase is Phase.WAITING:
                 self._waiting.remove(sequence)
-                self._count_not_waiting(sequence)
-            sequence.text.finish()
-            finish = sequence.finish(reason)
-            if group.has_tokens:
-                events.append(self._event(sequence, (), sequence.text.take(), False, finish))
+            events.append(sequence.end(reason))
             if sequence.is_releasable:
                 self._release(sequence)
         self._forget_if_finished(group)
-        return events if group.has_tokens else [RequestFailed(group.request.handle, kind, message)]
-
-    @staticmethod
-    def _event(
-        sequence: Sequence, ids: tuple[int, ...], text: TextCut, is_closed: bool, finish: Finish | None
-    ) -> TokenEvent:
-        is_request_end = finish is not None and sequence.group.num_unfinished == 0
-        return TokenEvent(sequence.request.handle, sequence.index, ids, *text, is_closed, finish, is_request_end)
+        return events
 
     def _release(self, sequence: Sequence) -> None:
-        del self._running[sequence.slot]
-        self._pool.free(sequence.page_ids)
+        self._running.remove(sequence)
+        del self._by_slot[sequence.slot]
+        self._memory.release(sequence.kv)
         self._free_slots.append(sequence.slot)
-        sequence.slot, sequence.page_ids = -1, ()
+        sequence.slot = -1
         sequence.group.num_running -= 1
         self._num_running_requests -= sequence.group.num_running == 0
 
     def _forget_if_finished(self, group: RequestGroup) -> None:
         if group.num_unfinished == 0:
             del self._groups[group.request.handle]
+
+
+def _is_decoding(sequence: Sequence) -> bool:
+    return sequence.phase is Phase.DECODE and sequence.wants_another_token
+
+
+def _num_wanted_tokens(sequence: Sequence) -> int:
+    """Tokens a sequence would run if a step had no bound."""
+    if sequence.phase is Phase.PREFILL:
+        return sequence.num_prompt_tokens - sequence.num_planned_tokens
+    return _is_decoding(sequence)
+
+
+def _forced_ids(row: PlanRow) -> tuple[int, ...]:
+    """Ids of a row that become output without being drawn."""
+    return row.token_ids[len(row.token_ids) - row.num_forced :] if row.num_forced else ()

@@ -5,12 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence as Ids
 from dataclasses import replace
 from enum import Enum
+from typing import Any, Protocol
 
-from backend.engine.events import Finish, FinishReason
-from backend.engine.plan import SlotStart
+from backend.engine.events import Finish, FinishReason, TokenEvent
+from backend.engine.kv_memory import Holder
+from backend.engine.plan import SlotStart, TokenLogProbs
 from backend.engine.request import GenerationRequest, mix_seed, num_pages_for
 from backend.engine.stop_matcher import StopString
 from backend.engine.text_stream import TextStream
+
+_PRIORITY_STEP_NS = 10_000_000_000
+"""One step of priority is worth ten seconds of waiting. So ranks never change, and nobody waits for ever."""
+Mask = Any
+"""Which ids a draw may give, as the runner wants it (NumPy, INT32 words); nothing here looks into it."""
+
+
+class Matcher(Protocol):
+    """How far one sequence is in its grammar (GuideMatcher in guide.py)."""
+
+    def accept(self, token_id: int) -> None:
+        """Go on by an id that is allowed."""
+
+    def mask(self) -> Mask:
+        """Allowed ids; a single one where it is forced."""
+
+    def forced_ids(self) -> tuple[int, ...]:
+        """Ids that come next for certain, looked up once after each free choice; none when there is a choice."""
+
+
+class Guide(Protocol):
+    """A compiled grammar."""
+
+    def start(self) -> Matcher:
+        """A matcher at the beginning."""
 
 
 class Phase(Enum):
@@ -26,22 +53,30 @@ class Sequence:
     """One of a request's `num_return_sequences` generations.
 
     `num_planned_tokens` counts positions whose step was planned, `num_in_flight` steps that were launched and not committed,
-    `num_draws_in_flight` those of them that sample. Pages and slot are held from admission until the sequence is FINISHED
-    and nothing of it is in flight.
+    `num_draws_in_flight` those of them that sample, `num_committed_tokens` positions whose KV is known to be there. Pages and
+    slot are held from admission until the sequence is FINISHED and nothing of it is in flight.
     """
 
-    def __init__(self, group: RequestGroup, index: int, text: TextStream) -> None:
+    def __init__(
+        self, group: RequestGroup, index: int, text: TextStream, holder: Holder, guide: Matcher | None
+    ) -> None:
         self.group = group
         self.request = group.request
         self.index = index
+        self.rank = (group.rank_ns, group.order, index)
         self.text = text
+        self.kv = holder
+        self.guide = guide
         self.phase = Phase.WAITING
         self.slot = -1
-        self.page_ids: tuple[int, ...] = ()
+        self.has_started = False
         self.num_planned_tokens = 0
+        self.num_committed_tokens = 0
+        self.num_cached_tokens = 0
         self.num_in_flight = 0
         self.num_draws_in_flight = 0
-        self.num_outputs = 0
+        self.output_ids: list[int] = []
+        self.prompt_log_probs: list[TokenLogProbs] = []
         self.is_echo_due = group.request.echo
         self.first_token_time_ns = 0
         self.last_token_time_ns = 0
@@ -53,28 +88,92 @@ class Sequence:
         return len(self.request.prompt_token_ids)
 
     @property
+    def num_outputs(self) -> int:
+        """Tokens generated."""
+        return len(self.output_ids)
+
+    @property
     def wants_another_token(self) -> bool:
         """Whether `max_tokens` leaves room for one more draw beyond those in flight."""
-        return self.num_outputs + self.num_draws_in_flight < self.request.max_tokens
+        return len(self.output_ids) + self.num_draws_in_flight < self.request.max_tokens
 
     @property
     def is_releasable(self) -> bool:
         """Whether slot and pages may go to another sequence."""
         return self.phase is Phase.FINISHED and self.num_in_flight == 0 and self.slot >= 0
 
-    def num_pages_needed(self, page_tokens: int) -> int:
-        """Pages for the whole generation; the last id drawn is never run, so it needs no place."""
-        return num_pages_for(self.num_prompt_tokens + self.request.max_tokens - 1, page_tokens)
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Prompt and output."""
+        return (*self.request.prompt_token_ids, *self.output_ids)
 
     def slot_start(self) -> SlotStart:
         """What the runner must know when the sequence takes its slot."""
         request = self.request
-        sampling = request.sampling
-        sampling = replace(sampling, seed=mix_seed(sampling.seed, self.index))
-        return SlotStart(sampling, request.prompt_token_ids, request.min_tokens, tuple(sorted(self.group.ending_ids)))
+        sampling = replace(request.sampling, seed=mix_seed(request.sampling.seed, self.index))
+        ending_ids = tuple(sorted(self.group.ending_ids))
+        return SlotStart(sampling, request.prompt_token_ids, request.min_tokens, ending_ids, request.num_logprobs)
 
-    def finish(self, reason: FinishReason, stop_reason: str = "") -> Finish:
-        """End the sequence; the caller sends the Finish exactly once."""
+    @property
+    def is_scored(self) -> bool:
+        """Whether only the prompt's log-probabilities were wanted, and they are all there."""
+        return (
+            self.request.max_tokens == 0
+            and self.phase is not Phase.FINISHED
+            and self.num_committed_tokens == self.num_prompt_tokens
+        )
+
+    def append(self, token_id: int, log_prob: TokenLogProbs | None, now_ns: int) -> TokenEvent:
+        """Take over the next id; the event ends the sequence when the id, a stop string or the length does."""
+        request = self.request
+        echoed = self._take_echo()
+        self.output_ids.append(token_id)
+        self.group.has_tokens = True
+        self.first_token_time_ns = self.first_token_time_ns or now_ns
+        self.last_token_time_ns = now_ns
+        may_stop = self.num_outputs >= request.min_tokens
+        stop = self.text.append(token_id, may_stop=may_stop)
+        finish = None
+        if stop is not None:
+            finish = self._finish(FinishReason.STOP, stop.decode("utf-8", "replace"))
+        elif may_stop and token_id in self.group.ending_ids:
+            is_end = token_id == self.group.end_id and token_id not in request.stop_token_ids
+            self.text.finish()
+            finish = self._finish(FinishReason.STOP, "" if is_end else str(token_id))
+        elif self.num_outputs == request.max_tokens:
+            self.text.finish()
+            finish = self._finish(FinishReason.LENGTH)
+        return self._event((*echoed, token_id), finish, log_prob)
+
+    def finish_score(self, now_ns: int) -> TokenEvent:
+        """End a sequence that only wanted the log-probabilities of its prompt."""
+        self.last_token_time_ns = now_ns
+        self.group.has_tokens = True
+        echoed = self._take_echo()
+        self.text.finish()
+        return self._event(echoed, self._finish(FinishReason.LENGTH))
+
+    def end(self, reason: FinishReason) -> TokenEvent:
+        """End the sequence for a reason that is not its own."""
+        self.text.finish()
+        return self._event((), self._finish(reason))
+
+    def _take_echo(self) -> tuple[int, ...]:
+        if not self.is_echo_due:
+            return ()
+        self.is_echo_due = False
+        self.text.append_echo(self.request.prompt_token_ids)
+        return self.request.prompt_token_ids
+
+    def _event(
+        self, token_ids: tuple[int, ...], finish: Finish | None, log_prob: TokenLogProbs | None = None
+    ) -> TokenEvent:
+        is_closed = bool(token_ids) and self.text.is_control(token_ids[-1])
+        is_request_end = finish is not None and self.group.num_unfinished == 0
+        cut = self.text.take()
+        return TokenEvent(self.request.handle, self.index, token_ids, *cut, is_closed, finish, is_request_end, log_prob)
+
+    def _finish(self, reason: FinishReason, stop_reason: str = "") -> Finish:
         assert self.phase is not Phase.FINISHED, "a sequence ends once"
         self.phase = Phase.FINISHED
         self.group.num_unfinished -= 1
@@ -83,31 +182,64 @@ class Sequence:
             stop_reason,
             self.num_prompt_tokens,
             self.num_outputs,
-            0,
+            self.num_cached_tokens,
             self.group.arrival_time_ns,
             self.first_scheduled_time_ns,
             self.first_token_time_ns,
             self.last_token_time_ns,
+            tuple(self.prompt_log_probs),
         )
 
 
+def rank_of(sequence: Sequence) -> tuple[int, int, int]:
+    """The rank, for sorting."""
+    return sequence.rank
+
+
 class RequestGroup:
-    """A request that was accepted and the sequences generated for it."""
+    """A request that was accepted and the sequences generated for it.
+
+    All of them share the pages of the prompt. So only the first waits from the start; the others queue behind it once its
+    prompt has been run. Where the prefix cache is off, or must not be read, a salt of their own keeps the sharing among them.
+    """
 
     def __init__(
-        self, request: GenerationRequest, token_bytes: Ids[bytes], eos_id: int, arrival_time_ns: int, deadline_ns: int
+        self,
+        request: GenerationRequest,
+        token_bytes: Ids[bytes],
+        eos_id: int,
+        page_tokens: int,
+        arrival_time_ns: int,
+        deadline_ns: int,
+        order: int,
+        *,
+        has_prefix_cache: bool,
+        guide: Guide | None,
     ) -> None:
         self.request = request
         self.arrival_time_ns = arrival_time_ns
         self.deadline_ns = deadline_ns
+        self.order = order
+        self.rank_ns = arrival_time_ns + request.priority * _PRIORITY_STEP_NS
         self.num_unfinished = request.num_return_sequences
         self.num_waiting = request.num_return_sequences
         self.num_running = 0
         self.has_tokens = False
-        end_id = eos_id if request.end_id is None else request.end_id
-        self.ending_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else {end_id})
-        self.end_id = end_id
+        self.end_id = eos_id if request.end_id is None else request.end_id
+        self.ending_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else {self.end_id})
+        may_read = has_prefix_cache and request.num_prompt_logprobs is None
+        salt = f"tenant:{request.cache_salt}" if may_read else f"request:{request.handle}"
         stops = tuple(StopString.compile(text) for text in dict.fromkeys(request.stop_strings))
+        n = request.num_return_sequences
+        # The last id drawn is never run, so it needs no place; a prompt that is only scored needs all of its own.
+        num_pages = num_pages_for(len(request.prompt_token_ids) + max(request.max_tokens, 1) - 1, page_tokens)
         self.sequences = tuple(
-            Sequence(self, index, TextStream(token_bytes, stops)) for index in range(request.num_return_sequences)
+            Sequence(
+                self,
+                index,
+                TextStream(token_bytes, stops),
+                Holder(salt, num_pages, may_read_cache=may_read or index > 0, may_write_cache=may_read or n > 1),
+                None if guide is None else guide.start(),
+            )
+            for index in range(request.num_return_sequences)
         )

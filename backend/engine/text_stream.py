@@ -66,6 +66,10 @@ class TextStream:
         self._num_free_bytes = 0
         self._num_stop_bytes = 0
 
+    def is_control(self, token_id: int) -> bool:
+        """Whether an id has no text."""
+        return not self._token_bytes[token_id]
+
     def append_echo(self, token_ids: Sequence[int]) -> None:
         """Add the prompt's ids: their text is sent, stop strings are not looked for in it."""
         for token_id in token_ids:

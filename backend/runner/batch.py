@@ -18,9 +18,11 @@ class Batch:
     """T tokens of a step in the order of the plan's rows, padded to a multiple of 16 (R). Index tensors are int64.
 
     `token_ids`, `positions` [R], padding is id 0 at position 0. `pages`, `offsets` [T]: where the tokens' K and V go.
-    `fresh_pages` [n]: pages whose first token is in this step. `items`: the step's attention. `sampled_tokens`: [S]
-    token index of each row with `is_sampled`, padded to a multiple of 16. `sampled_slots`, `sampled_positions` [S]
-    (NumPy, on the host): the slot that gets the new id, and the new id's position in its sequence.
+    `fresh_pages` [n]: pages whose first token is in this step. `items`: the step's attention.
+
+    On the host, NumPy: `first_tokens` [rows], the token index each row begins at; and [S], of each row with
+    `is_sampled`: `sampled_tokens`, the index of its last token, `sampled_slots`, the slot that gets the new id, and
+    `sampled_positions`, the new id's position in its sequence. `forced`: slot and ids of each row with `num_forced`.
     """
 
     token_ids: torch.Tensor
@@ -29,9 +31,11 @@ class Batch:
     offsets: torch.Tensor
     fresh_pages: torch.Tensor
     items: tuple[WorkItems, ...]
-    sampled_tokens: torch.Tensor
+    first_tokens: IntArray
+    sampled_tokens: IntArray
     sampled_slots: IntArray
     sampled_positions: IntArray
+    forced: tuple[tuple[int, tuple[int, ...]], ...]
 
 
 def build_batch(plan: StepPlan, config: ModelConfig, last_ids: torch.Tensor, sizes: ItemSizes) -> Batch:
@@ -64,8 +68,6 @@ def build_batch(plan: StepPlan, config: ModelConfig, last_ids: torch.Tensor, siz
         token_ids[torch.from_numpy(first_tokens[is_decode]).to(device)] = last_ids.index_select(0, decode_slots)
 
     sampled = np.flatnonzero([row.is_sampled for row in rows])
-    sampled_tokens = np.zeros(padded_rows(len(sampled)), dtype=np.int64)
-    sampled_tokens[: len(sampled)] = first_tokens[sampled] + lengths[sampled] - 1
     return Batch(
         token_ids=token_ids,
         positions=torch.from_numpy(positions).to(device),
@@ -73,7 +75,9 @@ def build_batch(plan: StepPlan, config: ModelConfig, last_ids: torch.Tensor, siz
         offsets=torch.from_numpy(offsets).to(device),
         fresh_pages=torch.from_numpy(pages[offsets == 0]).to(device),
         items=build_work_items(rows, config.num_heads, config.num_kv_heads, device, sizes),
-        sampled_tokens=torch.from_numpy(sampled_tokens).to(device),
+        first_tokens=first_tokens,
+        sampled_tokens=(first_tokens + lengths - 1)[sampled],
         sampled_slots=slots[sampled],
         sampled_positions=np.array([row.start + row.num_tokens for row in rows])[sampled],
+        forced=tuple((row.slot, row.token_ids[-row.num_forced :]) for row in rows if row.num_forced),
     )

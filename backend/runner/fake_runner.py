@@ -7,24 +7,29 @@ and a result is there `step_time_s` after the step before it was finished.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from backend.engine.plan import StepPlan, StepResult
+from backend.runner.model_runner import Mask
 
 
-@dataclass(frozen=True, slots=True)
 class FakeStep:
-    """A step that is finished at `ready_at_s` of the monotonic clock."""
+    """A step that is finished at `ready_at_s` of the monotonic clock; drawing costs nothing."""
 
-    ready_at_s: float
-    step_result: StepResult
+    def __init__(self, ready_at_s: float, step_result: StepResult) -> None:
+        self._ready_at_s = ready_at_s
+        self._step_result = step_result
+
+    def draw(self, masks: Mapping[int, Mask]) -> None:
+        """Guides are refused by this runner: nothing is masked."""
+        assert not masks, "the fake runner knows no grammar"
 
     def result(self) -> StepResult:
         """Sleep until the step is finished."""
-        delay_s = self.ready_at_s - time.monotonic()
+        delay_s = self._ready_at_s - time.monotonic()
         if delay_s > 0:
             time.sleep(delay_s)
-        return self.step_result
+        return self._step_result
 
 
 class FakeRunner:
@@ -33,8 +38,17 @@ class FakeRunner:
     `first_id` is the id of the byte 0x00 (Tekken: 1000); ids walk through the 95 printable characters.
     """
 
-    def __init__(self, *, num_pages: int, max_num_seqs: int, step_time_s: float = 0.0, first_id: int = 1000) -> None:
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        max_num_seqs: int,
+        num_host_pages: int = 0,
+        step_time_s: float = 0.0,
+        first_id: int = 1000,
+    ) -> None:
         self.num_pages = num_pages
+        self.num_host_pages = num_host_pages
         self.max_num_seqs = max_num_seqs
         self._step_time_s = step_time_s
         self._first_id = first_id

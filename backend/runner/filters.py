@@ -53,7 +53,7 @@ def filter_candidates(logits: torch.Tensor, temperatures: torch.Tensor, filters:
     num_candidates = min(max(_FIRST_NUM_CANDIDATES, int(shares.max(initial=1))), vocab_size)
     top_k, top_p, min_p = (torch.from_numpy(a).to(logits.device).unsqueeze(1) for a in astuple(filters))
     while True:
-        ids = (vocab_size - 1) - (torch.topk(keys, num_candidates, dim=1).values & 0xFFFFFFFF)
+        ids = _ids_of(torch.topk(keys, num_candidates, dim=1).values, vocab_size)
         sorted_scores = scores.gather(1, ids)
         weights = _weights(sorted_scores, largest)
         reached = weights.cumsum(dim=1)
@@ -71,9 +71,19 @@ def _weights(scores: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     return torch.exp(scores - largest).mul_(_FIXED_POINT).long()
 
 
+def most_likely_ids(logits: torch.Tensor, num_ids: int) -> torch.Tensor:
+    """Ids [S, num_ids] int64 of the largest of logits [S, V] FP32, falling, the lowest id first among equals."""
+    return _ids_of(torch.topk(_sort_keys(logits), num_ids, dim=1).values, logits.shape[1])
+
+
 def _sort_keys(logits: torch.Tensor) -> torch.Tensor:
     """int64 keys [S, V] that order like the FP32 logits, and by falling id among equals, so that no two are equal."""
     bits = (logits + 0.0).view(torch.int32)  # + 0.0: no negative zero
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # FP32 compares like its bits, but for negative numbers reversed
+    # FP32 compares like its bits, but for negative numbers reversed. In place, because new memory is what costs here.
+    keys = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).long()
     falling_ids = torch.arange(logits.shape[1] - 1, -1, -1, device=logits.device)
-    return (ordered.long() << 32) | falling_ids
+    return keys.bitwise_left_shift_(32).bitwise_or_(falling_ids)
+
+
+def _ids_of(keys: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    return (vocab_size - 1) - (keys & 0xFFFFFFFF)

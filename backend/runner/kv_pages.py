@@ -13,14 +13,19 @@ def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_layers * config.kv_size * PAGE_TOKENS * dtype.itemsize
 
 
+def kv_shape(config: ModelConfig, num_pages: int) -> tuple[int, ...]:
+    """[layer][page][kv_head][token in page][head_dim] of K, and of V."""
+    return (config.num_layers, num_pages, config.num_kv_heads, PAGE_TOKENS, config.head_dim)
+
+
 class KvPages:
-    """K and V, each [layer][page][kv_head][token in page][head_dim] in the KV dtype.
+    """K and V, each of `kv_shape` in the KV dtype.
 
     A (page, KV head) pair is one contiguous [64, D] piece, called a tile here, with index `page * K + kv_head`.
     """
 
     def __init__(self, config: ModelConfig, num_pages: int, *, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.num_layers, num_pages, config.num_kv_heads, PAGE_TOKENS, config.head_dim)
+        shape = kv_shape(config, num_pages)
         self._keys = torch.zeros(shape, dtype=dtype, device=device)
         self._values = torch.zeros(shape, dtype=dtype, device=device)
 
@@ -41,3 +46,7 @@ class KvPages:
     def tiles(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of K and V of a layer as [num_pages * K, 64, D]."""
         return self._keys[layer].flatten(0, 1), self._values[layer].flatten(0, 1)
+
+    def page(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of K and V of a page as [L, K, 64, D]."""
+        return self._keys[:, page], self._values[:, page]

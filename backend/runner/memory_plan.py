@@ -30,13 +30,14 @@ class MemoryPlan:
         """Tokens the pages hold."""
         return self.num_pages * PAGE_TOKENS
 
-    def lines(self) -> dict[str, str]:
+    def lines(self, num_host_pages: int | None = None) -> dict[str, str]:
         """The plan for people: name -> value."""
         kv_bytes = self.num_pages * self.page_bytes
         fits = [
             f"{self.kv_tokens // length} of {length:,}" for length in _EXAMPLE_LENGTHS if length <= self.kv_tokens
         ] or [f"1 of {self.kv_tokens:,}"]
-        return {
+        swap = {} if num_host_pages is None else {"kv_swap": _host(num_host_pages, self.page_bytes)}
+        return swap | {
             "memory": (
                 f"weights {_gib(self.weight_bytes)} + workspace {_gib(self.workspace_bytes)} + KV {_gib(kv_bytes)} "
                 f"of {_gib(self.budget_bytes)} on {self.device}"
@@ -77,6 +78,10 @@ def plan_memory(
             "choose a smaller weight_dtype or kv_cache_tokens, or a larger device"
         )
     return MemoryPlan(device, budget_bytes, weight_bytes, workspace_bytes, page_bytes, num_pages)
+
+
+def _host(num_pages: int, page_bytes: int) -> str:
+    return f"{num_pages:,} host pages ({_gib(num_pages * page_bytes)})"
 
 
 def _gib(num_bytes: int) -> str:

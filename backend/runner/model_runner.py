@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from backend.engine.plan import StepPlan, StepResult
+
+Mask = npt.NDArray[np.int32]
+"""Allowed ids of one draw: INT32 [ceil(V / 32)], bit `id & 31` of word `id >> 5`."""
 
 
 class InFlightStep(Protocol):
     """A step that was launched and may still run."""
 
+    def draw(self, masks: Mapping[int, Mask]) -> None:
+        """Draw the ids, those of a slot in `masks` from its allowed ids alone. Called once, before `result`.
+
+        Apart from `launch`, because a grammar needs the id of step t before it can say what is allowed in step t + 1, and the
+        forward pass of t + 1 need not wait for that.
+        """
+
     def result(self) -> StepResult:
-        """Wait for the step and return its sampled ids. Called once."""
+        """Wait for the step and return what came out. Called once."""
 
 
 class ModelRunner(Protocol):
@@ -23,11 +37,13 @@ class ModelRunner(Protocol):
 
     num_pages: int
     """KV pages of 64 tokens that plans may use: ids 0 to num_pages - 1."""
+    num_host_pages: int
+    """Pages in host memory that plans may copy to and from: ids 0 to num_host_pages - 1."""
     max_num_seqs: int
     """Slots: 0 to max_num_seqs - 1."""
 
     def launch(self, plan: StepPlan) -> InFlightStep:
-        """Start the step and return at once, or when it is finished; the caller cannot tell."""
+        """Start copies and forward pass of the step and return at once, or when they are finished; the caller cannot tell."""
 
     def describe(self) -> dict[str, str]:
         """What runs here and why, for the log and the model's metadata: runner, device, dtypes, batch_invariant."""

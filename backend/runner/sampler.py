@@ -1,7 +1,8 @@
-"""Logits to token ids, and the state per slot that this needs: parameters, ids seen so far, the last id."""
+"""Logits to token ids, and the state per slot that this needs: parameters, rules, ids seen so far, the last id."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +11,12 @@ import torch
 
 from backend.engine.plan import SlotStart
 from backend.runner.filters import Filters, filter_candidates
+from backend.runner.log_probs import LogProbs, measure
+from backend.runner.logit_rules import LogitRules
+from backend.runner.model_runner import Mask
 from backend.runner.noise import gumbel_noise, row_keys
+from backend.runner.row_blocks import row_blocks
 
-_MAX_BLOCK_ELEMENTS = 2**20
-"""Logits worked on at once where FP64 copies are needed, so that memory does not grow with the number of rows."""
 _FP32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -24,18 +27,25 @@ def sampler_bytes(num_slots: int, vocab_size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """`token_ids` [S] int64, and `is_finite` [S] bool: whether the row's logits were numbers. Both on the device."""
+    """What was drawn for S rows, on the device.
+
+    `token_ids` [S] int64, and `is_finite` [S] bool: whether the row's logits were numbers. `log_probs`: of the ids of
+    rows that want log-probabilities, None when none does. `num_tops` [S] (NumPy): how many of the most likely ids a row
+    wants besides, -1 for a row that wants nothing.
+    """
 
     token_ids: torch.Tensor
     is_finite: torch.Tensor
+    log_probs: LogProbs | None
+    num_tops: npt.NDArray[np.int64]
 
 
 class Sampler:
     """Draws one id per row in the order that SamplingParams gives, and keeps per slot what the next draw depends on.
 
-    A row's draw depends bit for bit on nothing but its own logits, parameters and history: everything is elementwise,
-    an exact integer sum, or a maximum. `last_ids` [slots] int64 holds the id last drawn, from which the next step
-    goes on.
+    A row's draw and its log-probabilities depend bit for bit on nothing but its own logits, parameters and history:
+    everything is elementwise, an exact integer sum, or a maximum. `last_ids` [slots] int64 holds the id last drawn,
+    from which the next step goes on.
     """
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
@@ -53,9 +63,8 @@ class Sampler:
         self._frequency_penalty = np.zeros(num_slots)
         self._has_penalties = np.zeros(num_slots, dtype=bool)
         self._seed = np.zeros(num_slots, dtype=np.uint64)
-        self._min_tokens = np.zeros(num_slots, dtype=np.int64)
-        self._num_outputs = np.zeros(num_slots, dtype=np.int64)
-        self._ending_ids: list[tuple[int, ...]] = [()] * num_slots
+        self._num_tops = np.full(num_slots, -1, dtype=np.int64)
+        self._rules = LogitRules(num_slots, vocab_size, device)
 
     def start(self, slot: int, start: SlotStart) -> None:
         """Begin a sequence in `slot`, forgetting the one before."""
@@ -69,36 +78,58 @@ class Sampler:
         self._frequency_penalty[slot] = params.frequency_penalty
         self._has_penalties[slot] = params.has_penalties
         self._seed[slot] = params.seed
-        self._min_tokens[slot] = start.min_tokens
-        self._num_outputs[slot] = 0
-        self._ending_ids[slot] = start.ending_ids
+        self._num_tops[slot] = -1 if start.num_logprobs is None else start.num_logprobs
+        self._rules.start(slot, start)
         if params.has_penalties:
             self._is_seen[slot] = False
             self._output_counts[slot] = 0
             self._is_seen[slot, torch.tensor(start.prompt_token_ids, device=self._device)] = True
 
-    def sample(self, logits: torch.Tensor, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> Draw:
+    def force(self, slot: int, token_ids: tuple[int, ...]) -> None:
+        """Take ids into the output of `slot` as if each had been drawn."""
+        for token_id in torch.tensor(token_ids, device=self._device).split(1):
+            self._append(np.array([slot]), token_id)
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        slots: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        masks: Mapping[int, Mask],
+    ) -> Draw:
         """Draw the next id of `slots` [S] (each at most once), to stand at `positions` [S] of their sequences.
 
-        logits [S, V] FP32 are changed in place.
+        logits [S, V] FP32 are changed in place. `masks`: by slot, the only ids it may draw. When mask, bad words and
+        `min_tokens` together leave nothing, the mask's most likely id is drawn.
         """
-        is_finite = torch.isfinite(logits.sum(dim=1, dtype=torch.float64))
+        # NOTE: NaN goes through both; and a sum in FP64 would copy all logits.
+        is_finite = torch.isfinite(logits.amin(dim=1)) & torch.isfinite(logits.amax(dim=1))
+        num_tops = self._num_tops[slots]
+        asking = np.flatnonzero(num_tops >= 0)
+        models_own = logits[self._to_device(asking)] if len(asking) > 0 else None
         penalised = np.flatnonzero(self._has_penalties[slots])
         if len(penalised) > 0:
             self._penalise(logits, penalised, slots[penalised])
-        self._mask_ending_ids(logits, slots)
+        self._rules.add_bias(logits, slots)
+        self._rules.restrict(logits, slots, masks)
         token_ids = self._draw(logits, slots, positions)
-        device_slots = self._to_device(slots)
-        self.last_ids[device_slots] = token_ids
-        self._num_outputs[slots] += 1
+        self.last_ids[self._to_device(slots)] = token_ids
+        self._append(slots, token_ids)
+        log_probs = None
+        if models_own is not None:
+            log_probs = measure(models_own, token_ids[self._to_device(asking)], int(num_tops.max()))
+        return Draw(token_ids, is_finite, log_probs, num_tops)
+
+    def _append(self, slots: npt.NDArray[np.int64], token_ids: torch.Tensor) -> None:
+        self._rules.append(slots, token_ids)
+        penalised = np.flatnonzero(self._has_penalties[slots])
         if len(penalised) > 0:
-            rows = self._to_device(penalised)
-            self._is_seen[device_slots[rows], token_ids[rows]] = True
-            self._output_counts[device_slots[rows], token_ids[rows]] += 1
-        return Draw(token_ids, is_finite)
+            its_slots, its_ids = self._to_device(slots[penalised]), token_ids[self._to_device(penalised)]
+            self._is_seen[its_slots, its_ids] = True
+            self._output_counts[its_slots, its_ids] += 1
 
     def _penalise(self, logits: torch.Tensor, rows: npt.NDArray[np.int64], slots: npt.NDArray[np.int64]) -> None:
-        for block in self._blocks(len(rows)):
+        for block in row_blocks(len(rows), self._vocab_size):
             device_rows, device_slots = self._to_device(rows[block]), self._to_device(slots[block])
             repetition = self._column(self._repetition_penalty, slots[block])
             presence = self._column(self._presence_penalty, slots[block])
@@ -108,10 +139,6 @@ class Sampler:
             x = torch.where(self._is_seen[device_slots], torch.where(x > 0, x / repetition, x * repetition), x)
             x -= (counts > 0) * presence + counts * frequency
             logits[device_rows] = x.clamp_(-_FP32_MAX, _FP32_MAX).float()
-
-    def _mask_ending_ids(self, logits: torch.Tensor, slots: npt.NDArray[np.int64]) -> None:
-        for row in np.flatnonzero(self._num_outputs[slots] < self._min_tokens[slots]):
-            logits[row, torch.tensor(self._ending_ids[slots[row]], dtype=torch.int64, device=self._device)] = -torch.inf
 
     def _draw(
         self, logits: torch.Tensor, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
@@ -126,7 +153,7 @@ class Sampler:
             (np.flatnonzero(is_random & ~is_filtered), self._draw_from_all),
             (np.flatnonzero(is_random & is_filtered), self._draw_filtered),
         ):
-            for block in self._blocks(len(rows)):
+            for block in row_blocks(len(rows), self._vocab_size):
                 device_rows = self._to_device(rows[block])
                 its_logits, its_slots = logits[device_rows], slots[rows[block]]
                 if draw is None:
@@ -145,10 +172,6 @@ class Sampler:
         kept = filter_candidates(logits, self._column(self._temperature, slots)[:, 0], filters)
         winners = (kept.scores + gumbel_noise(keys, kept.ids)).argmax(dim=1, keepdim=True)
         return kept.ids.gather(1, winners)[:, 0]
-
-    def _blocks(self, num_rows: int) -> list[slice]:
-        size = max(1, _MAX_BLOCK_ELEMENTS // self._vocab_size)
-        return [slice(first, first + size) for first in range(0, num_rows, size)]
 
     def _column(self, values: npt.NDArray[np.float64], slots: npt.NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(values[slots]).to(self._device).unsqueeze(1)

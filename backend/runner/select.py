@@ -16,12 +16,15 @@ from backend.runner.kv_pages import page_bytes
 from backend.runner.memory_plan import MemoryPlan, plan_memory
 from backend.runner.model_runner import ModelRunner
 from backend.runner.placement import Placement, choose_placement
+from backend.runner.prompt_scores import PIECE_ROWS
 from backend.runner.torch_runner import TorchRunner
 from backend.settings import Settings
 
 Progress = Callable[[str, int, int], None]
 _MOST_CPU_TOKENS = 65_536
 _CPU_MEMORY_FRACTION = 0.8
+_CPU_STEP_TIMEOUT_S = 120.0
+_GPU_STEP_TIMEOUT_S = 8.0
 _LOGITS_COPIES = 4
 """FP32 copies of the sampled rows' logits that sampling holds at once, at most."""
 
@@ -33,6 +36,8 @@ class ServedModel:
     runner: ModelRunner
     vocab_size: int
     max_model_len: int
+    step_timeout_s: float
+    has_guides: bool
     description: dict[str, str]
 
 
@@ -44,15 +49,15 @@ def make_runner(settings: Settings, progress: Progress) -> ServedModel:
     """
     config = read_model_config(Path(settings.checkpoint))
     if settings.runner == "fake":
-        num_pages = (settings.kv_cache_tokens or _MOST_CPU_TOKENS) // PAGE_TOKENS
-        runner: ModelRunner = FakeRunner(num_pages=num_pages, max_num_seqs=settings.max_num_seqs)
-        return _served(runner, config, settings, runner.describe())
+        return _fake(settings, config)
     placement = choose_placement("auto", settings.weight_dtype, settings.kv_dtype)
     plan = _plan_for(placement, config, settings)
-    max_model_len, _ = _served_length(config, settings, plan.num_pages)
+    num_host_pages = _num_host_pages(settings, plan)
+    max_model_len, why = _served_length(config, settings, plan.num_pages)
     runner = TorchRunner(
         Path(settings.checkpoint),
         num_pages=plan.num_pages,
+        num_host_pages=num_host_pages,
         max_num_seqs=settings.max_num_seqs,
         max_model_len=max_model_len,
         device=str(placement.device),
@@ -61,35 +66,49 @@ def make_runner(settings: Settings, progress: Progress) -> ServedModel:
         num_threads=settings.num_threads,
         progress=lambda done, total: progress("weights", done, total),
     )
-    return _served(
-        runner, config, settings, runner.describe() | plan.lines() | {"reason": _reason(settings, placement)}
+    description = runner.describe() | plan.lines(num_host_pages)
+    description |= {"max_model_len": why, "reason": _reason(settings, placement)}
+    step_timeout_s = _CPU_STEP_TIMEOUT_S if placement.device.type == "cpu" else _GPU_STEP_TIMEOUT_S
+    return ServedModel(runner, config.vocab_size, max_model_len, step_timeout_s, True, description)
+
+
+def _fake(settings: Settings, config: ModelConfig) -> ServedModel:
+    num_pages = (settings.kv_cache_tokens or _MOST_CPU_TOKENS) // PAGE_TOKENS
+    runner = FakeRunner(
+        num_pages=num_pages,
+        num_host_pages=int(num_pages * settings.kv_swap_ratio),
+        max_num_seqs=settings.max_num_seqs,
     )
+    max_model_len, why = _served_length(config, settings, num_pages)
+    description = runner.describe() | {"max_model_len": why}
+    return ServedModel(runner, config.vocab_size, max_model_len, _GPU_STEP_TIMEOUT_S, False, description)
+
+
+def _num_host_pages(settings: Settings, plan: MemoryPlan) -> int:
+    """As many as asked for, within half of the host memory there is besides what the device plan takes of it."""
+    is_cpu = plan.device == "cpu"
+    taken = plan.weight_bytes + plan.workspace_bytes + plan.num_pages * plan.page_bytes if is_cpu else 0
+    most = max(0, available_host_bytes() - taken) // 2 // plan.page_bytes
+    return min(int(plan.num_pages * settings.kv_swap_ratio), most)
 
 
 def _plan_for(placement: Placement, config: ModelConfig, settings: Settings) -> MemoryPlan:
     is_cpu = placement.device.type == "cpu"
     widest_row = max(config.hidden_size + 2 * config.ffn_size, config.query_size + 2 * config.kv_size)
-    workspace_bytes = 4 * (
-        settings.max_step_tokens * widest_row + _LOGITS_COPIES * settings.max_num_seqs * config.vocab_size
-    )
+    logits = (_LOGITS_COPIES * settings.max_num_seqs + PIECE_ROWS) * config.vocab_size
     if is_cpu:
-        budget_bytes = int(_available_host_bytes() * _CPU_MEMORY_FRACTION)
+        budget_bytes = int(available_host_bytes() * _CPU_MEMORY_FRACTION)
     else:
         budget_bytes = int(torch.cuda.mem_get_info(placement.device)[0] * settings.gpu_memory_fraction)
     return plan_memory(
         str(placement.device),
         budget_bytes,
         weight_bytes(config, placement.weight_dtype),
-        workspace_bytes,
+        4 * (settings.max_step_tokens * widest_row + logits),
         page_bytes(config, placement.kv_dtype),
         kv_cache_tokens=settings.kv_cache_tokens,
         most_tokens=_MOST_CPU_TOKENS if is_cpu else None,
     )
-
-
-def _served(runner: ModelRunner, config: ModelConfig, settings: Settings, description: dict[str, str]) -> ServedModel:
-    max_model_len, why = _served_length(config, settings, runner.num_pages)
-    return ServedModel(runner, config.vocab_size, max_model_len, description | {"max_model_len": why})
 
 
 def _served_length(config: ModelConfig, settings: Settings, num_pages: int) -> tuple[int, str]:
@@ -106,7 +125,8 @@ def _reason(settings: Settings, placement: Placement) -> str:
     return "no GPU was found" if placement.device.type == "cpu" else "this version has no CUDA engine of its own yet"
 
 
-def _available_host_bytes() -> int:
+def available_host_bytes() -> int:
+    """Memory this machine can give without swapping."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

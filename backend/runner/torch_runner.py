@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from backend.checkpoint.model_config import ModelConfig, read_model_config
 from backend.checkpoint.weights import Progress, Weights, load_weights
-from backend.engine.plan import StepPlan, StepResult
+from backend.engine.plan import StepPlan, StepResult, TokenLogProbs
 from backend.errors import ConfigError, EngineFailure
-from backend.runner.batch import build_batch
+from backend.runner.batch import Batch, build_batch
+from backend.runner.host_pages import HostPages
 from backend.runner.invariance import find_dependence
 from backend.runner.kv_pages import KvPages
+from backend.runner.model_runner import Mask
 from backend.runner.placement import choose_placement, default_num_threads
+from backend.runner.prompt_scores import PromptScores, score_prompts
 from backend.runner.rope import RopeTable
 from backend.runner.sampler import Draw, Sampler
 from backend.runner.transformer import Transformer
@@ -23,21 +25,48 @@ from backend.runner.work_items import CPU_SIZES, GPU_SIZES
 
 
 class TorchStep:
-    """A launched step; on a GPU it may still run until `result` reads the ids."""
+    """A launched step; on a GPU it may still run until `result` reads what came out."""
 
-    def __init__(self, draw: Draw, slots: npt.NDArray[np.int64]) -> None:
-        self._draw = draw
-        self._slots = slots
+    def __init__(self, sampler: Sampler, batch: Batch, logits: torch.Tensor, scores: PromptScores | None) -> None:
+        self._sampler = sampler
+        self._batch = batch
+        self._logits: torch.Tensor | None = logits
+        self._scores = scores
+        self._draw: Draw | None = None
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the ids are drawn, so that the next step may be launched."""
+        return self._draw is not None
+
+    def draw(self, masks: Mapping[int, Mask]) -> None:
+        """Take the forced ids into the outputs, then draw once for each row with `is_sampled`."""
+        assert self._logits is not None, "a step is drawn once"
+        batch = self._batch
+        with torch.inference_mode():
+            for slot, ids in batch.forced:
+                self._sampler.force(slot, ids)
+            self._draw = self._sampler.sample(self._logits, batch.sampled_slots, batch.sampled_positions, masks)
+        self._logits = None
 
     def result(self) -> StepResult:
-        """The sampled ids. EngineFailure names the slots whose logits were NaN or infinite."""
+        """Ids and log-probabilities. EngineFailure names the slots whose logits were NaN or infinite."""
+        assert self._draw is not None, "a step is drawn before its result is asked for"
         is_finite = self._draw.is_finite.cpu().numpy()
         if not is_finite.all():
-            slots = ", ".join(str(slot) for slot in self._slots[~is_finite])
+            slots = ", ".join(str(slot) for slot in self._batch.sampled_slots[~is_finite])
             raise EngineFailure(
                 f"logits: must be finite, got NaN or infinity in slot {slots}; are the weights damaged?"
             )
-        return StepResult(tuple(self._draw.token_ids.tolist()))
+        scores = () if self._scores is None else self._scores.for_plan()
+        return StepResult(tuple(self._draw.token_ids.tolist()), self._log_probs(self._draw), scores)
+
+    @staticmethod
+    def _log_probs(draw: Draw) -> tuple[TokenLogProbs | None, ...]:
+        if draw.log_probs is None:
+            return ()
+        wanted = iter(draw.log_probs.for_plan(draw.num_tops[draw.num_tops >= 0].tolist()))
+        return tuple(next(wanted) if num_top >= 0 else None for num_top in draw.num_tops)
 
 
 class TorchRunner:
@@ -53,6 +82,7 @@ class TorchRunner:
         folder: Path,
         *,
         num_pages: int,
+        num_host_pages: int = 0,
         max_num_seqs: int,
         max_model_len: int,
         device: str = "auto",
@@ -69,7 +99,10 @@ class TorchRunner:
         for name, value in (("num_pages", num_pages), ("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len)):
             if value < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {value}")
+        if num_host_pages < 0:
+            raise ConfigError(f"num_host_pages: must be at least 0, got {num_host_pages}")
         self.num_pages = num_pages
+        self.num_host_pages = num_host_pages
         self.max_num_seqs = max_num_seqs
         self.config: ModelConfig = read_model_config(folder)
         self._placement = choose_placement(device, weight_dtype, kv_dtype)
@@ -85,23 +118,33 @@ class TorchRunner:
                 progress=progress,
             )
             kv = KvPages(self.config, num_pages, device=self._placement.device, dtype=self._placement.kv_dtype)
+            self._host_pages = HostPages(self.config, num_host_pages, kv)
             rope = RopeTable(self.config.head_dim, self.config.rope_theta, max_model_len, self._placement.device)
             self._invariance = _describe_invariance(weights, self.config) if is_cpu else "no: not promised on a GPU"
             self._transformer = Transformer(self.config, weights, kv, rope, is_tiled=is_cpu)
             self._sampler = Sampler(max_num_seqs, self.config.vocab_size, self._placement.device)
         self._item_sizes = CPU_SIZES if is_cpu else GPU_SIZES
+        self._prompts: list[tuple[int, ...]] = [()] * max_num_seqs
+        self._last_step: TorchStep | None = None
 
     def launch(self, plan: StepPlan) -> TorchStep:
-        """Run the step: the forward pass of all its tokens, then one draw for each row with `is_sampled`."""
+        """Copy pages and run the forward pass of all tokens; the step before must have been drawn.
+
+        Log-probabilities of prompts are taken here, those of drawn ids in `TorchStep.draw`.
+        """
         self._check(plan)
         with torch.inference_mode():
+            self._host_pages.run(plan.copies)
             for row in plan.rows:
                 if row.slot_start is not None:
                     self._sampler.start(row.slot, row.slot_start)
+                    self._prompts[row.slot] = row.slot_start.prompt_token_ids
             batch = build_batch(plan, self.config, self._sampler.last_ids, self._item_sizes)
-            logits = self._transformer.logits(batch)
-            draw = self._sampler.sample(logits, batch.sampled_slots, batch.sampled_positions)
-        return TorchStep(draw, batch.sampled_slots)
+            hidden = self._transformer.hidden(batch)
+            scores = score_prompts(plan, batch.first_tokens, self._prompts, hidden, self._transformer)
+            logits = self._transformer.logits(hidden, batch.sampled_tokens)
+        self._last_step = TorchStep(self._sampler, batch, logits, scores)
+        return self._last_step
 
     def describe(self) -> dict[str, str]:
         """What runs here: runner, device, dtypes, threads, and whether results are batch-invariant, with the reason."""
@@ -117,16 +160,18 @@ class TorchRunner:
 
     def close(self) -> None:
         """Free weights, pages and sampler state; the runner cannot be used afterwards."""
-        del self._transformer, self._sampler
+        del self._transformer, self._sampler, self._host_pages, self._last_step
         if self._placement.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _check(self, plan: StepPlan) -> None:
         assert plan.rows, "an empty step"
+        assert self._last_step is None or self._last_step.is_drawn, "the step before was not drawn"
         assert len({row.slot for row in plan.rows}) == len(plan.rows), "a slot twice in one step"
         for row in plan.rows:
             assert 0 <= row.slot < self.max_num_seqs, row
             assert row.num_tokens == (len(row.token_ids) or 1), row
+            assert row.num_forced == 0 or (row.num_forced < row.num_tokens and row.is_sampled), row
 
 
 def _describe_invariance(weights: Weights, config: ModelConfig) -> str:

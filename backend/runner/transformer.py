@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from backend.checkpoint.model_config import ModelConfig
@@ -9,8 +10,9 @@ from backend.checkpoint.weights import LayerWeights, Weights
 from backend.runner.attention import attend
 from backend.runner.batch import Batch
 from backend.runner.kv_pages import KvPages
-from backend.runner.linear import linear
+from backend.runner.linear import linear, padded_rows
 from backend.runner.rope import RopeTable, rotate
+from backend.runner.work_items import IntArray
 
 
 class Transformer:
@@ -26,8 +28,8 @@ class Transformer:
         self._rope = rope
         self._is_tiled = is_tiled
 
-    def logits(self, batch: Batch) -> torch.Tensor:
-        """Run all tokens, write their K and V, and return the logits [S, V] FP32 of the sampled ones."""
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Run all tokens through the layers, write their K and V, and return what the last layer gives [R, E] FP32."""
         x = self._weights.embedding.index_select(0, batch.token_ids).float()
         angles = self._rope.at(batch.positions)
         if batch.fresh_pages.numel() > 0:
@@ -35,10 +37,16 @@ class Transformer:
         for index, layer in enumerate(self._weights.layers):
             x += self._attention(index, layer, self._norm(x, layer.attention_norm), angles, batch)
             x += self._feed_forward(layer, self._norm(x, layer.ffn_norm))
-        if len(batch.sampled_slots) == 0:
-            return x.new_empty(0, self._config.vocab_size)
-        sampled = self._norm(x.index_select(0, batch.sampled_tokens), self._weights.norm)
-        return self._linear(sampled, self._weights.head)[: len(batch.sampled_slots)]
+        return x
+
+    def logits(self, hidden: torch.Tensor, tokens: IntArray) -> torch.Tensor:
+        """Logits [n, V] FP32 of `tokens` [n], rows of `hidden` [R, E]."""
+        if len(tokens) == 0:
+            return hidden.new_empty(0, self._config.vocab_size)
+        padded = np.zeros(padded_rows(len(tokens)), dtype=np.int64)
+        padded[: len(tokens)] = tokens
+        rows = hidden.index_select(0, torch.from_numpy(padded).to(hidden.device))
+        return self._linear(self._norm(rows, self._weights.norm), self._weights.head)[: len(tokens)]
 
     def _attention(
         self, index: int, layer: LayerWeights, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], batch: Batch

@@ -1,11 +1,12 @@
-"""The inputs of `mistral_nemo` as a GenerationRequest, and the refusal of what this version does not do."""
+"""The inputs of `mistral_nemo` as a GenerationRequest."""
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from typing import Any
 
-from backend.engine.request import GenerationRequest, SamplingParams
+from backend.engine.request import GenerationRequest, GuideSpec, SamplingParams
 from backend.errors import RequestError, shown
 from backend.triton_adapter.tensors import Inputs
 
@@ -21,15 +22,13 @@ def generation_request(
     inputs: Inputs, request_id: str, *, default_max_tokens: int, max_model_len: int
 ) -> GenerationRequest:
     """Decode one request; RequestError for values that cannot be decoded. Bounds are checked by `validate`."""
-    refuse_unsupported(inputs)
     prompt = tuple(inputs.numbers("prompt_token_ids") or ())
     room = max(1, max_model_len - len(prompt))
-    max_tokens = _number(inputs, "max_tokens", min(default_max_tokens, room))
     return GenerationRequest(
         handle=new_handle(),
         request_id=request_id,
         prompt_token_ids=prompt,
-        max_tokens=max_tokens,
+        max_tokens=_number(inputs, "max_tokens", min(default_max_tokens, room)),
         min_tokens=_number(inputs, "min_tokens", 0),
         sampling=sampling_params(inputs),
         num_return_sequences=_number(inputs, "num_return_sequences", 1),
@@ -40,7 +39,49 @@ def generation_request(
         deadline_ms=inputs.number("deadline_ms"),
         echo=not _number(inputs, "exclude_input_in_output", True),
         stream=_number(inputs, "stream", False),
+        priority=_number(inputs, "priority", 0),
+        cache_salt=inputs.text("cache_salt") or "",
+        num_logprobs=_num_logprobs(inputs),
+        num_prompt_logprobs=inputs.number("prompt_logprobs"),
+        guide=_guide(inputs),
     )
+
+
+def _num_logprobs(inputs: Inputs) -> int | None:
+    """`num_logprobs`, or 0 (the drawn token's alone) for `return_log_probs`, or None."""
+    num_logprobs: int | None = inputs.number("num_logprobs")
+    if inputs.number("return_log_probs"):
+        return num_logprobs or 0
+    return num_logprobs or None
+
+
+def _guide(inputs: Inputs) -> GuideSpec | None:
+    kind, text = inputs.text("guided_decoding_guide_type"), inputs.text("guided_decoding_guide")
+    if text and not kind:
+        raise RequestError("guided_decoding_guide_type", "must be given with guided_decoding_guide, got none")
+    return GuideSpec(kind, text or "") if kind else None
+
+
+def _bad_words(inputs: Inputs) -> tuple[tuple[int, ...], ...]:
+    """Words as ids: `bad_word_ids` is all of them in a row, `bad_word_lengths` cuts it."""
+    ids = inputs.numbers("bad_word_ids") or []
+    lengths = inputs.numbers("bad_word_lengths") or []
+    if sum(lengths) != len(ids) or any(length < 1 for length in lengths):
+        raise RequestError(
+            "bad_word_lengths", f"must be positive and add up to the {len(ids)} bad_word_ids, got {shown(lengths)}"
+        )
+    ends = itertools.accumulate(lengths, initial=0)
+    return tuple(tuple(ids[start:end]) for start, end in itertools.pairwise(ends))
+
+
+def _logit_bias(inputs: Inputs) -> tuple[tuple[int, float], ...]:
+    ids, values = inputs.numbers("logit_bias_ids") or [], inputs.numbers("logit_bias_values") or []
+    if len(ids) != len(values):
+        raise RequestError("logit_bias_values", f"must be as many as logit_bias_ids = {len(ids)}, got {len(values)}")
+    merged: dict[int, float] = {}
+    for token_id, value in zip(ids, values, strict=True):
+        merged[token_id] = merged.get(token_id, 0.0) + value
+    return tuple(sorted(merged.items()))
 
 
 def sampling_params(inputs: Inputs) -> SamplingParams:
@@ -56,31 +97,9 @@ def sampling_params(inputs: Inputs) -> SamplingParams:
         presence_penalty=_number(inputs, "presence_penalty", 0.0),
         frequency_penalty=_number(inputs, "frequency_penalty", 0.0),
         seed=secrets.randbits(64) if seed is None else seed,
+        logit_bias=_logit_bias(inputs),
+        bad_words=_bad_words(inputs),
     )
-
-
-def refuse_unsupported(inputs: Inputs) -> None:
-    """Refuse by name what the schema has and this version does not do yet; the value that means "off" is accepted."""
-    for name in ("return_log_probs",):
-        if inputs.number(name):
-            raise RequestError(name, "log-probabilities are not supported by this version; leave it out or send false")
-    for name in ("num_logprobs", "prompt_logprobs"):
-        if inputs.number(name):
-            raise RequestError(name, "log-probabilities are not supported by this version; leave it out or send 0")
-    for name in ("guided_decoding_guide_type", "guided_decoding_guide"):
-        if inputs.text(name):
-            raise RequestError(name, "guided decoding is not supported by this version; leave it out")
-    for name in ("bad_words", "embedding_bias_words"):
-        if any(inputs.texts(name) or ()):
-            raise RequestError(name, "is not supported by this version; leave it out or send an empty string")
-    for name in ("logit_bias_ids", "logit_bias_values", "embedding_bias_weights"):
-        values = inputs.numbers(name)
-        if values and any(values):
-            raise RequestError(name, f"logit bias is not supported by this version; leave it out, got {shown(values)}")
-    if inputs.number("priority"):
-        raise RequestError("priority", "priorities are not supported by this version; leave it out or send 0")
-    if inputs.text("cache_salt"):
-        raise RequestError("cache_salt", "there is no prefix cache in this version; leave it out")
 
 
 def _number(inputs: Inputs, name: str, default: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from backend.engine import messages
 from backend.engine.engine_process import EngineProcess
-from backend.engine.events import FailureKind, Finish, FinishReason
+from backend.engine.events import FailureKind, Finish, FinishReason, RequestFailed
 from backend.errors import Cancelled, DeadlineExceeded, EngineFailure, NemoError, QueueFull, RequestError
 from backend.logs import start_logging
 from backend.settings import Settings
@@ -18,8 +18,8 @@ from backend.triton_adapter import tensors
 from backend.triton_adapter.generation_inputs import generation_request
 from backend.triton_adapter.metrics import Metrics
 from backend.triton_adapter.pending import Pending
-from backend.triton_adapter.presence import announce, withdraw
-from backend.triton_adapter.responder import Responder, Stream, make_response
+from backend.triton_adapter.presence import announce, end_with_server, num_restarts, withdraw
+from backend.triton_adapter.responder import Responder, Stream, make_outputs
 from backend.triton_adapter.tensors import Inputs
 
 log = logging.getLogger("nemo.engine")
@@ -42,12 +42,14 @@ class MistralNemo:
         self._input_names = tensors.input_names(model_config)
         self._death: str | None = None
         self._lock = threading.Lock()
+        end_with_server()
         announce("mistral_nemo")
         self._metrics = Metrics()
         self._engine = EngineProcess(self._settings, self._on_step, self._on_death)
-        self._responder = Responder(self._abort, self._metrics.publish)
+        self._responder = Responder(self._abort, self._metrics.observe_response, self._metrics.publish)
         self._bounds = self._engine.start(LoadingLog())
         self._metrics.set_num_request_max(self._bounds.max_num_seqs)
+        self._metrics.set_num_restarts(num_restarts())
         for name, value in sorted(self._bounds.description.items()):
             log.info("%s: %s", name, value)
         announce("engine", pid=self._engine.pid)
@@ -59,11 +61,11 @@ class MistralNemo:
             try:
                 self._accept(request, sender)
             except NemoError as error:
-                self._metrics.observe_failures()
+                self._metrics.observe_failures(error)
                 sender.send(tensors.error_response(error), flags=tensors.FINAL)
             except Exception as error:  # a bug of ours must fail this request alone
                 log.exception("request %r failed", request.request_id())
-                self._metrics.observe_failures()
+                self._metrics.observe_failures(error)
                 sender.send(tensors.error_response(error), flags=tensors.FINAL)
 
     def close(self) -> None:
@@ -106,7 +108,9 @@ class MistralNemo:
             raise RequestError("stop", "needs the request id of the requests to stop, got an empty one")
         self._engine.abort_request_id(request.request_id())
         nothing = Pending(0, finish=Finish(FinishReason.CANCELLED, "", 0, 0, 0, 0, 0, 0, 0))
-        sender.send(make_response(nothing, 0, 1, set(request.requested_output_names())), flags=tensors.FINAL)
+        sender.send(
+            tensors.response(make_outputs(nothing, 0, 1, set(request.requested_output_names()))), flags=tensors.FINAL
+        )
 
     def _abort(self, handle: int) -> None:
         if self._death is None:
@@ -115,19 +119,28 @@ class MistralNemo:
     def _on_step(self, step: messages.Step) -> None:
         self._responder.add(step.tokens)
         for failed in step.failed:
-            self._responder.fail(failed.handle, _ERRORS[failed.kind](failed.message))
+            error = _error_of(failed)
+            self._metrics.observe_failures(error)
+            self._responder.fail(failed.handle, error)
         self._metrics.observe_step(step)
 
     def _on_death(self, reason: str) -> None:
         log.error("%s; requests are refused until it is restarted", reason)
         with self._lock:
             self._death = f"{reason}; it is being restarted, try again soon"
-        num_failed = self._responder.fail_all(EngineFailure(self._death))
-        self._metrics.observe_failures(num_failed)
+        error = EngineFailure(self._death)
+        self._metrics.observe_failures(error, self._responder.fail_all(error))
         announce("engine", pid=os.getpid(), failure=reason)
 
 
 _TRITONS_OWN = {"EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS", "TRITON_BACKEND_PATH"}
+
+
+def _error_of(failed: RequestFailed) -> NemoError:
+    if failed.kind is FailureKind.INVALID:
+        field, _, problem = failed.message.partition(": ")
+        return RequestError(field, problem)
+    return _ERRORS[failed.kind](failed.message)
 
 
 class LoadingLog:

@@ -9,11 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from backend.engine.events import Finish, TokenEvent
+from backend.engine.plan import TokenLogProbs
 
 
 @dataclass(slots=True)
 class Pending:
-    """The content of one response: ids, the text cut that goes with them, and perhaps the end of the sequence."""
+    """The content of one response: ids, the text cut that goes with them, and perhaps the end of the sequence.
+
+    `log_probs` has one entry per generated id when they were asked for, else none; echoed ids have none.
+    """
 
     sequence_index: int
     token_ids: list[int] = field(default_factory=list)
@@ -22,6 +26,7 @@ class Pending:
     text_take_bytes: int = 0
     is_closed: bool = False
     finish: Finish | None = None
+    log_probs: list[TokenLogProbs] = field(default_factory=list)
 
     def join(self, event: TokenEvent) -> None:
         """Add the next event of the same sequence.
@@ -37,6 +42,8 @@ class Pending:
             else:
                 self.text_ids += event.text_ids[1:] if event.text_skip_bytes else event.text_ids
             self.text_take_bytes += event.text_take_bytes
+        if event.log_prob is not None:
+            self.log_probs.append(event.log_prob)
         self.is_closed = self.is_closed or event.is_closed
         self.finish = event.finish
 

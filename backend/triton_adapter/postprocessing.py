@@ -19,7 +19,8 @@ from backend.logs import start_logging
 from backend.settings import Settings, read_model_parameters
 from backend.text.detokenizer import cut_text
 from backend.triton_adapter import tensors
-from backend.triton_adapter.presence import announce
+from backend.triton_adapter.log_probs import with_bytes
+from backend.triton_adapter.presence import announce, end_with_server
 from backend.triton_adapter.stream_chunk import StreamChunk
 
 log = logging.getLogger("nemo.postprocessing")
@@ -34,6 +35,7 @@ class Postprocessing:
         start_logging(settings.log_level)
         self._token_bytes = read_vocabulary(Path(settings.checkpoint)).token_bytes
         self._aborted: deque[int] = deque(maxlen=_NUM_REMEMBERED_ABORTS)
+        end_with_server()
         announce("postprocessing")
 
     def execute(self, requests: list[Any]) -> None:
@@ -62,8 +64,14 @@ class Postprocessing:
         outputs = [tensors.text_tensor("text_output", text), tensors.int_tensor("token_ids", chunk.token_ids)]
         if chunk.num_return_sequences > 1:
             outputs.append(tensors.int_tensor("sequence_index", [chunk.sequence_index]))
-        outputs += [tensors.array_tensor(name, tensor.as_numpy()) for name, tensor in inputs.items()]
+        outputs += [self._passed_on(name, tensor.as_numpy()) for name, tensor in inputs.items()]
         return tensors.response(outputs)
+
+    def _passed_on(self, name: str, values: Any) -> Any:
+        """A tensor of the engine as it is; alternatives get the bytes of their ids."""
+        if name in ("top_log_probs", "prompt_log_probs"):
+            return tensors.text_tensor(name, with_bytes(values.reshape(-1)[0], self._token_bytes))
+        return tensors.array_tensor(name, values)
 
     def _abort(self, handle: int, request_id: str) -> None:
         """Tell the engine, once for each handle."""

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
@@ -17,7 +18,7 @@ from backend.settings import Settings, read_model_parameters
 from backend.text.chat import ChatTemplate
 from backend.text.tokenizer import Tokenizer
 from backend.triton_adapter import tensors
-from backend.triton_adapter.presence import announce
+from backend.triton_adapter.presence import announce, end_with_server
 from backend.triton_adapter.tensors import Inputs
 
 log = logging.getLogger("nemo.preprocessing")
@@ -32,8 +33,9 @@ class Preprocessing:
         start_logging(settings.log_level)
         vocabulary = read_vocabulary(Path(settings.checkpoint))
         self._tokenizer = Tokenizer(vocabulary)
-        self._chat = ChatTemplate(vocabulary)
+        self._chat = ChatTemplate(vocabulary, self._tokenizer)
         self._input_names = ensemble_inputs(repository / "ensemble" / "config.pbtxt")
+        end_with_server()
         announce("preprocessing")
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -42,14 +44,49 @@ class Preprocessing:
         for request in requests:
             try:
                 tensors.refuse_parameters(request, self._input_names)
-                ids = self.prompt_token_ids(Inputs(request))
-                responses.append(tensors.response([tensors.int_tensor("prompt_token_ids", ids)]))
+                responses.append(tensors.response(self._outputs(Inputs(request))))
             except NemoError as error:
                 responses.append(tensors.error_response(error))
             except Exception as error:  # a bug of ours must fail this request alone
                 log.exception("request %r failed", request.request_id())
                 responses.append(tensors.error_response(error))
         return responses
+
+    def _outputs(self, inputs: Inputs) -> list[Any]:
+        """The prompt, and where there are any, bad words and biased words as ids."""
+        outputs = [tensors.int_tensor("prompt_token_ids", self.prompt_token_ids(inputs))]
+        words = self.bad_words(inputs)
+        if words:
+            outputs.append(tensors.int_tensor("bad_word_ids", [token_id for word in words for token_id in word]))
+            outputs.append(tensors.int_tensor("bad_word_lengths", [len(word) for word in words]))
+        bias_ids, bias_values = self.logit_bias(inputs)
+        if bias_ids or bias_values:
+            outputs.append(tensors.int_tensor("logit_bias_ids", bias_ids))
+            outputs.append(tensors.array_tensor("logit_bias_values", np.array([bias_values], dtype=np.float32)))
+        return outputs
+
+    def bad_words(self, inputs: Inputs) -> list[list[int]]:
+        """Each word as ids, as it is and with a space before it, since that is another token; empty strings mean none."""
+        words = []
+        for text in inputs.texts("bad_words") or ():
+            if text:
+                spellings = [text] if text.startswith(" ") else [text, f" {text}"]
+                words += [self._tokenizer.encode(each, add_bos=False, field="bad_words") for each in spellings]
+        return words
+
+    def logit_bias(self, inputs: Inputs) -> tuple[list[int], list[float]]:
+        """`logit_bias_ids` and `_values` as they are, and every id of each of `embedding_bias_words` with that word's weight."""
+        ids, values = list(inputs.numbers("logit_bias_ids") or ()), list(inputs.numbers("logit_bias_values") or ())
+        texts, weights = inputs.texts("embedding_bias_words") or [], inputs.numbers("embedding_bias_weights") or []
+        if len(texts) != len(weights):
+            raise RequestError(
+                "embedding_bias_weights", f"must be as many as embedding_bias_words = {len(texts)}, got {len(weights)}"
+            )
+        for text, weight in zip(texts, weights, strict=True):
+            word = self._tokenizer.encode(text, add_bos=False, field="embedding_bias_words") if text else []
+            ids += word
+            values += [weight] * len(word)
+        return ids, values
 
     def prompt_token_ids(self, inputs: Inputs) -> list[int]:
         """The ids of the one prompt given; RequestError for none, several, or what is not supported."""

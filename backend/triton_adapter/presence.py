@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from pathlib import Path
 
 RUN_DIR_VARIABLE = "NEMO_RUN_DIR"
+_WATCH_PERIOD_S = 0.5
+_STUB_ENDS_WITHIN_S = 4.0
+RESTARTS_FILE = "engine_restarts"
 
 
 def announce(name: str, *, pid: int | None = None, failure: str = "") -> None:
@@ -24,8 +29,27 @@ def announce(name: str, *, pid: int | None = None, failure: str = "") -> None:
     aside.rename(path)
 
 
+def end_with_server() -> None:
+    """End this stub when tritonserver is gone; it does so itself, unless it waits for an answer of the server just then."""
+
+    def watch(server_pid: int) -> None:
+        while os.getppid() == server_pid:
+            time.sleep(_WATCH_PERIOD_S)
+        time.sleep(_STUB_ENDS_WITHIN_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(os.getppid(),), name="watch-server", daemon=True).start()
+
+
 def withdraw(name: str) -> None:
     """Remove the file: the process ends because it was asked to."""
     folder = os.environ.get(RUN_DIR_VARIABLE)
     if folder:
         Path(folder, f"{name}.json").unlink(missing_ok=True)
+
+
+def num_restarts() -> int:
+    """How often the supervisor restarted the engine of this server so far."""
+    folder = os.environ.get(RUN_DIR_VARIABLE)
+    path = Path(folder, RESTARTS_FILE) if folder else None
+    return int(path.read_text()) if path is not None and path.exists() else 0

@@ -21,6 +21,7 @@ from backend.engine.events import Finish, TokenEvent
 from backend.engine.request import GenerationRequest
 from backend.errors import NemoError
 from backend.triton_adapter import tensors
+from backend.triton_adapter.log_probs import drawn_tensors, prompt_tensor
 from backend.triton_adapter.pending import Pending, PendingQueue
 from backend.triton_adapter.stream_chunk import StreamChunk
 
@@ -47,11 +48,25 @@ class Stream:
         self.last_sent_s = time.monotonic()
         self.is_due = False
         self.failure: NemoError | None = None
+        self._cumulated: dict[int, float] = {}
 
     def response(self, pending: Pending) -> Any:
         """The response that carries `pending`."""
         request = self.request
-        return make_response(pending, request.handle, request.num_return_sequences, self.requested_outputs)
+        made = make_outputs(pending, request.handle, request.num_return_sequences, self.requested_outputs)
+        return tensors.response(made + self._log_prob_tensors(pending))
+
+    def _log_prob_tensors(self, pending: Pending) -> list[Any]:
+        made = []
+        if pending.log_probs:
+            cumulated = self._cumulated.get(pending.sequence_index, 0.0) + sum(
+                each.log_prob for each in pending.log_probs
+            )
+            self._cumulated[pending.sequence_index] = cumulated
+            made += drawn_tensors(pending.log_probs, cumulated, has_alternatives=bool(self.request.num_logprobs))
+        if pending.finish is not None and self.request.num_prompt_logprobs is not None and pending.sequence_index == 0:
+            made.append(prompt_tensor(pending.finish.prompt_log_probs))
+        return [tensor for tensor in made if tensor.name() in self.requested_outputs]
 
     def beat(self) -> Any:
         """A response that carries nothing."""
@@ -59,8 +74,8 @@ class Stream:
         return tensors.response([tensors.array_tensor("stream_chunk", chunk.pack())])
 
 
-def make_response(pending: Pending, handle: int, num_return_sequences: int, requested_outputs: set[str]) -> Any:
-    """A response with those of the requested outputs that `pending` has something for."""
+def make_outputs(pending: Pending, handle: int, num_return_sequences: int, requested_outputs: set[str]) -> list[Any]:
+    """Those of the requested outputs that `pending` has something for, less log-probabilities."""
     outputs = []
     if "stream_chunk" in requested_outputs:
         chunk = StreamChunk(
@@ -79,7 +94,7 @@ def make_response(pending: Pending, handle: int, num_return_sequences: int, requ
             outputs.append(tensors.int_tensor("sequence_index", [pending.sequence_index]))
     if pending.finish is not None:
         outputs += [tensor for tensor in _finish_tensors(pending.finish) if tensor.name() in requested_outputs]
-    return tensors.response(outputs)
+    return outputs
 
 
 def _finish_tensors(finish: Finish) -> list[Any]:
@@ -105,10 +120,17 @@ def _finish_tensors(finish: Finish) -> list[Any]:
 
 
 class Responder:
-    """Owns the streams. `abort` takes a handle back at the engine; `on_tick` runs about twenty times a second."""
+    """Owns the streams.
 
-    def __init__(self, abort: Callable[[int], None], on_tick: Callable[[], None]) -> None:
+    `abort` takes a handle back at the engine, `on_response` is told the number of tokens of each response, and `on_tick` runs
+    about twenty times a second.
+    """
+
+    def __init__(
+        self, abort: Callable[[int], None], on_response: Callable[[int], None], on_tick: Callable[[], None]
+    ) -> None:
         self._abort = abort
+        self._on_response = on_response
         self._on_tick = on_tick
         self._streams: dict[int, Stream] = {}
         self._due: deque[Stream] = deque()
@@ -194,6 +216,7 @@ class Responder:
             for position, pending in enumerate(taken):
                 is_last = stream.num_unfinished == 0 and position == len(taken) - 1
                 stream.sender.send(stream.response(pending), flags=tensors.FINAL if is_last else 0)
+                self._on_response(len(pending.token_ids))
             if stream.failure is not None and stream.num_unfinished > 0:
                 stream.sender.send(tensors.error_response(stream.failure), flags=tensors.FINAL)
         except Exception:  # one client's broken connection must not stop the others' answers

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from backend.engine.engine import Engine
+from backend.engine.engine import CompileGuide, Engine
 from backend.engine.events import EngineStats, FailureKind, FinishReason, RequestFailed, TokenEvent
 from backend.engine.plan import StepPlan, StepResult
-from backend.engine.request import GenerationRequest, SamplingParams
+from backend.engine.request import GenerationRequest, GuideSpec, SamplingParams
 from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
+from backend.errors import RequestError
 from backend.runner.fake_runner import FakeRunner
+from backend.runner.model_runner import Mask
 
 TOKEN_BYTES = (b"",) * 3 + tuple(bytes([byte]) for byte in range(256))
 FIRST_ID = 3
 EOS = 2
 LIMITS = SchedulerLimits(num_pages=64, max_num_seqs=4, max_step_tokens=64, max_queued_requests=8)
 TIMEOUT_S = 20.0
+GUIDE = GuideSpec("regex", "a")
 
 
 def ask(handle: int, max_tokens: int = 5, **changes: Any) -> GenerationRequest:
@@ -69,12 +73,15 @@ class Recorder:
 
 @contextmanager
 def running(
-    recorder: Recorder, step_time_s: float = 0.0, limits: SchedulerLimits = LIMITS
+    recorder: Recorder,
+    step_time_s: float = 0.0,
+    limits: SchedulerLimits = LIMITS,
+    compile_guide: CompileGuide | None = None,
 ) -> Iterator[tuple[Engine, FakeRunner]]:
     runner = FakeRunner(
         num_pages=limits.num_pages, max_num_seqs=limits.max_num_seqs, step_time_s=step_time_s, first_id=FIRST_ID
     )
-    engine = Engine(Scheduler(limits, TOKEN_BYTES, EOS), runner, recorder.emit)
+    engine = Engine(Scheduler(limits, TOKEN_BYTES, EOS), runner, recorder.emit, compile_guide)
     thread = threading.Thread(target=engine.run, name="loop")
     thread.start()
     try:
@@ -113,6 +120,7 @@ class RecordedRunner:
     """Writes down in which order the loop launches steps and asks for their results."""
 
     num_pages = LIMITS.num_pages
+    num_host_pages = 0
     max_num_seqs = LIMITS.max_num_seqs
 
     def __init__(self) -> None:
@@ -133,12 +141,15 @@ class RecordedStep:
     def __init__(self, runner: RecordedRunner, number: int, num_ids: int) -> None:
         self._runner, self._number, self._num_ids = runner, number, num_ids
 
+    def draw(self, masks: Mapping[int, Mask]) -> None:
+        self._runner.calls.append(("draw", self._number))
+
     def result(self) -> StepResult:
         self._runner.calls.append(("result", self._number))
         return StepResult((FIRST_ID,) * self._num_ids)
 
 
-def run_to_the_end(runner: Any, request: GenerationRequest) -> list[Event]:
+def run_to_the_end(runner: Any, request: GenerationRequest, compile_guide: CompileGuide | None = None) -> list[Event]:
     """Run in this thread; the last event stops the loop."""
     emitted: list[Event] = []
 
@@ -147,7 +158,7 @@ def run_to_the_end(runner: Any, request: GenerationRequest) -> list[Event]:
         if not stats.num_pages_held:
             engine.stop()
 
-    engine = Engine(Scheduler(LIMITS, TOKEN_BYTES, EOS), runner, emit)
+    engine = Engine(Scheduler(LIMITS, TOKEN_BYTES, EOS), runner, emit, compile_guide)
     engine.submit(request)
     engine.run()
     return emitted
@@ -157,9 +168,99 @@ def test_a_step_is_launched_before_the_result_of_the_one_before_is_asked_for() -
     runner = RecordedRunner()
     run_to_the_end(runner, ask(1, max_tokens=3))
     assert runner.calls == [
-        *(("launch", 0), ("launch", 1), ("result", 0)),
-        *(("launch", 2), ("result", 1), ("result", 2)),
+        *(("launch", 0), ("draw", 0), ("launch", 1), ("draw", 1), ("result", 0)),
+        *(("launch", 2), ("draw", 2), ("result", 1), ("result", 2)),
     ]
+
+
+class OnlyId:
+    """A grammar that allows FIRST_ID alone."""
+
+    def start(self) -> OnlyId:
+        return self
+
+    def accept(self, token_id: int) -> None:
+        assert token_id == FIRST_ID
+
+    def mask(self) -> Mask:
+        return np.array([1 << FIRST_ID] + [0] * 8, dtype=np.int32)
+
+    def forced_ids(self) -> tuple[int, ...]:
+        return ()
+
+
+def test_with_a_grammar_a_step_is_launched_before_and_drawn_behind_the_result_of_the_one_before() -> None:
+    runner = RecordedRunner()
+    compiled: list[tuple[GuideSpec, int]] = []
+
+    def compile_guide(spec: GuideSpec, num_sequences: int) -> OnlyId:
+        compiled.append((spec, num_sequences))
+        return OnlyId()
+
+    run_to_the_end(runner, ask(1, max_tokens=3, guide=GUIDE), compile_guide)
+    assert runner.calls == [
+        *(("launch", 0), ("draw", 0), ("launch", 1), ("result", 0), ("draw", 1)),
+        *(("launch", 2), ("result", 1), ("draw", 2), ("result", 2)),
+    ]
+    assert compiled == [(GUIDE, 1)]
+
+
+def refuse(spec: GuideSpec, num_sequences: int) -> OnlyId:
+    raise RequestError("guided_decoding_guide", f"{spec.text} is no grammar")
+
+
+@pytest.mark.parametrize(
+    ("compile_guide", "message"),
+    [
+        (refuse, "guided_decoding_guide: a is no grammar"),
+        (None, "guided_decoding_guide_type: this runner cannot follow a grammar; leave it out"),
+    ],
+)
+def test_a_grammar_that_cannot_be_used_is_refused_and_the_engine_goes_on(
+    compile_guide: CompileGuide | None, message: str
+) -> None:
+    recorder = Recorder()
+    with running(recorder, compile_guide=compile_guide) as (engine, _):
+        engine.submit(ask(1, guide=GUIDE))
+        engine.submit(ask(2))
+        recorder.wait_for(lambda: recorder.is_ended(1) and recorder.is_ended(2))
+    assert recorder.of(1) == [RequestFailed(1, FailureKind.INVALID, message)]
+    assert recorder.reason(2) is FinishReason.LENGTH
+
+
+def test_the_age_of_a_turn_grows_while_a_step_hangs_and_is_0_when_idle() -> None:
+    hanging, release = threading.Event(), threading.Event()
+
+    class HangingStep(RecordedStep):
+        def result(self) -> StepResult:
+            hanging.set()
+            assert release.wait(TIMEOUT_S)
+            return super().result()
+
+    class HangingRunner(RecordedRunner):
+        def launch(self, plan: StepPlan) -> RecordedStep:
+            return HangingStep(self, plan.step, len(plan.rows))
+
+    recorder = Recorder()
+    engine = Engine(Scheduler(LIMITS, TOKEN_BYTES, EOS), HangingRunner(), recorder.emit)
+    thread = threading.Thread(target=engine.run)
+    thread.start()
+    assert engine.turn_age_s == 0
+    engine.submit(ask(1, max_tokens=1))
+    assert hanging.wait(TIMEOUT_S)
+    before_s = engine.turn_age_s
+    threading.Event().wait(0.05)
+    assert engine.turn_age_s >= before_s + 0.04
+    release.set()
+    recorder.wait_for(lambda: recorder.is_ended(1) and recorder.is_idle())
+    threading.Event().wait(0.02)
+    assert engine.turn_age_s == 0
+    busy_s = [stats.busy_s for stats in recorder.stats]
+    assert busy_s == sorted(busy_s)
+    assert busy_s[-1] >= 0.05
+    engine.stop()
+    thread.join(TIMEOUT_S)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("failing", ["launch", "result"])

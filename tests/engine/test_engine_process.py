@@ -12,16 +12,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from backend.checkpoint.vocabulary import read_vocabulary
-from backend.engine import messages
+from backend.engine import engine_process, messages
 from backend.engine.engine_process import EngineProcess
 from backend.engine.events import FailureKind, Finish, FinishReason, RequestFailed, TokenEvent
-from backend.engine.request import GenerationRequest, SamplingParams
+from backend.engine.request import GenerationRequest, GuideSpec, SamplingParams
 from backend.errors import ConfigError, EngineFailure
 from backend.settings import Settings
 from backend.text.detokenizer import cut_text
@@ -246,6 +247,68 @@ def test_the_death_of_the_owner_kills_even_a_stuck_engine(tekken_checkpoint: Pat
     finally:
         if is_running(engine_pid):
             os.kill(engine_pid, signal.SIGKILL)
+
+
+def test_an_engine_that_is_stopped_is_killed_and_told_within_ten_seconds(tekken_checkpoint: Path) -> None:
+    with owning(fake_settings(tekken_checkpoint)) as owner:
+        owner.engine.submit(ask(1, max_tokens=LONG))
+        owner.wait_for(lambda: owner.of(1))
+        os.kill(owner.engine.pid, signal.SIGSTOP)
+        stopped_s = time.monotonic()
+        owner.wait_for(lambda: owner.deaths)
+        assert time.monotonic() - stopped_s < 10
+        wait_until_gone(owner.engine.pid)
+    assert owner.deaths == ["the engine ended, it was stuck and was killed: it said nothing for 7 s"]
+
+
+def test_an_engine_whose_step_is_stuck_is_killed(tekken_checkpoint: Path) -> None:
+    """The process is alive and says so; only its loop hangs, as in a device call that never returns."""
+    with owning(fake_settings(tekken_checkpoint)) as owner:
+        owner.engine._step_timeout_s = -1.0  # every turn takes too long, an idle one too
+        owner.wait_for(lambda: owner.deaths)
+        wait_until_gone(owner.engine.pid)
+    (death,) = owner.deaths
+    assert death.startswith("the engine ended, it was stuck and was killed: its current step takes longer than")
+
+
+def test_an_idle_engine_is_left_alone(tekken_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reports once a second, so eight periods of a quarter of a second hold a report."""
+    monkeypatch.setattr(engine_process, "_WATCH_PERIOD_S", 0.25)
+    monkeypatch.setattr(engine_process, "_MOST_SILENT_PERIODS", 8)
+    with owning(fake_settings(tekken_checkpoint)) as owner:
+        time.sleep(3)
+        owner.engine.submit(ask(1))
+        assert owner.wait_for_finish(1).num_output_tokens == 5
+    assert owner.deaths == []
+
+
+def has_ended(owner: Owner, handle: int) -> bool:
+    return any(event.is_request_end for event in owner.of(handle))
+
+
+def test_priority_salt_and_samples_reach_the_engine(shared: Owner) -> None:
+    prompt = (FIRST_ID + 65,) * 130
+    for handle, salt in ((41, "a"), (42, "a"), (43, "b")):
+        shared.engine.submit(ask(handle, prompt_token_ids=prompt, cache_salt=salt, priority=-1, num_return_sequences=2))
+        shared.wait_for(partial(has_ended, shared, handle))
+    cached = {
+        (event.handle, event.sequence_index): event.finish.num_cached_tokens
+        for handle in (41, 42, 43)
+        for event in shared.of(handle)
+        if event.finish is not None
+    }
+    assert [cached[handle, 0] for handle in (41, 42, 43)] == [0, 128, 0]
+    assert [cached[handle, 1] for handle in (41, 42, 43)] == [128, 128, 128]
+
+
+def test_a_grammar_is_refused_by_a_runner_that_knows_none(shared: Owner) -> None:
+    shared.engine.submit(ask(51, guide=GuideSpec("regex", "a+")))
+    shared.wait_for(lambda: any(failed.handle == 51 for failed in shared.failed))
+    (failed,) = [failed for failed in shared.failed if failed.handle == 51]
+    assert (failed.kind, failed.message) == (
+        FailureKind.INVALID,
+        "guided_decoding_guide_type: this runner cannot follow a grammar; leave it out",
+    )
 
 
 @pytest.mark.parametrize(

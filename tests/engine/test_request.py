@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
-from backend.engine.request import GenerationRequest, SamplingParams, mix_seed
+from backend.engine.request import GenerationRequest, GuideSpec, SamplingParams, mix_seed
 from backend.errors import RequestError
 
 VOCAB_SIZE = 100
 MAX_MODEL_LEN = 32
 REQUEST = GenerationRequest(handle=1, request_id="", prompt_token_ids=(1, 2), max_tokens=4)
 NAN = float("nan")
+GUIDE = GuideSpec("regex", "a")
+CONTRADICTION = "cannot be combined with guided decoding: leave one of them out"
 
 
 def validate(**changes: Any) -> None:
@@ -34,6 +36,14 @@ def validate(**changes: Any) -> None:
         {"num_return_sequences": 128},
         {"stop_strings": (b"x" * 1024,) * 64},
         {"deadline_ms": 1},
+        {"priority": 1000},
+        {"priority": -1000},
+        {"cache_salt": "x" * 256},
+        {"num_logprobs": 20, "num_prompt_logprobs": 0},
+        {"max_tokens": 0, "num_prompt_logprobs": 0},
+        {"prompt_token_ids": (1,) * 32, "max_tokens": 0, "num_prompt_logprobs": 20},
+        {"sampling": SamplingParams(logit_bias=((99, 100.0), (0, -100.0)), bad_words=((0, 99),) * 1024)},
+        {"guide": GUIDE, "stop_token_ids": (1,), "stop_strings": (b"x",)},
     ],
 )
 def test_values_on_the_bounds_are_taken(changes: dict[str, Any]) -> None:
@@ -49,7 +59,8 @@ def test_values_on_the_bounds_are_taken(changes: dict[str, Any]) -> None:
         ({"stop_token_ids": (1, 2, 100)}, "stop_token_ids", "ids must be in [0, 99], got 100 at index 2"),
         ({"stop_token_ids": (1,) * 257}, "stop_token_ids", "at most 256 ids, got 257"),
         ({"end_id": 100}, "end_id", "ids must be in [0, 99], got 100 at index 0"),
-        ({"max_tokens": 0}, "max_tokens", "must be at least 1, got 0"),
+        ({"max_tokens": 0}, "max_tokens", "must be at least 1 (0 needs prompt_logprobs), got 0"),
+        ({"max_tokens": -1, "num_prompt_logprobs": 0}, "max_tokens", "must be at least 0, got -1"),
         (
             {"max_tokens": 31},
             "max_tokens",
@@ -60,7 +71,7 @@ def test_values_on_the_bounds_are_taken(changes: dict[str, Any]) -> None:
         (
             {"prompt_token_ids": (1,) * 32, "max_tokens": 1},
             "prompt_token_ids",
-            "the prompt has 32 tokens, at most 31 leave room for one more in the served max_model_len 32",
+            "the prompt has 32 tokens, at most 31 fit with 1 more into the served max_model_len 32",
         ),
         ({"num_return_sequences": 0}, "num_return_sequences", "must be in [1, 128], got 0"),
         ({"num_return_sequences": 129}, "num_return_sequences", "must be in [1, 128], got 129"),
@@ -68,6 +79,32 @@ def test_values_on_the_bounds_are_taken(changes: dict[str, Any]) -> None:
         ({"stop_strings": (b"x", b"")}, "stop_words", "each must have 1 to 1024 bytes, got 0"),
         ({"stop_strings": (b"x" * 1025,)}, "stop_words", "each must have 1 to 1024 bytes, got 1025"),
         ({"deadline_ms": 0}, "deadline_ms", "must be at least 1, got 0"),
+        ({"priority": 1001}, "priority", "must be in [-1000, 1000], got 1001"),
+        ({"priority": -1001}, "priority", "must be in [-1000, 1000], got -1001"),
+        ({"cache_salt": "x" * 257}, "cache_salt", "at most 256 characters, got 257"),
+        ({"num_logprobs": 21}, "num_logprobs", "must be in [0, 20], got 21"),
+        ({"num_prompt_logprobs": -1}, "prompt_logprobs", "must be in [0, 20], got -1"),
+        (
+            {"sampling": SamplingParams(logit_bias=((100, 1.0),))},
+            "logit_bias_ids",
+            "ids must be in [0, 99], got 100 at index 0",
+        ),
+        (
+            {"sampling": SamplingParams(logit_bias=((1, 100.5),))},
+            "logit_bias_values",
+            "must be in [-100.0, 100.0], got 100.5",
+        ),
+        ({"sampling": SamplingParams(logit_bias=((1, 0.0),) * 1025)}, "logit_bias_ids", "at most 1024 ids, got 1025"),
+        (
+            {"sampling": SamplingParams(bad_words=((1, 100),))},
+            "bad_words",
+            "ids must be in [0, 99], got 100 at index 1",
+        ),
+        ({"sampling": SamplingParams(bad_words=((1,),) * 1025)}, "bad_words", "at most 1024 words, got 1025"),
+        ({"guide": GUIDE, "ignore_eos": True}, "ignore_eos", CONTRADICTION),
+        ({"guide": GUIDE, "end_id": 0}, "end_id", CONTRADICTION),
+        ({"guide": GUIDE, "min_tokens": 1}, "min_tokens", CONTRADICTION),
+        ({"guide": GUIDE, "sampling": SamplingParams(bad_words=((1,),))}, "bad_words", CONTRADICTION),
         ({"sampling": SamplingParams(top_k=-1)}, "top_k", "must be in [0, 2147483647], got -1"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from backend.engine.events import FailureKind, FinishReason, RequestFailed, TokenEvent
-from backend.engine.plan import StepPlan, StepResult
+from backend.engine.plan import StepPlan, StepResult, TokenLogProbs
 from backend.engine.request import GenerationRequest
 from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
 from backend.errors import QueueFull
@@ -18,7 +18,7 @@ CONTROL, EOS, A, B, LEAD, TAIL = range(6)
 LIMITS = SchedulerLimits(num_pages=16, max_num_seqs=4, max_step_tokens=32, max_queued_requests=8)
 
 
-def make_scheduler(**limits: int) -> Scheduler:
+def make_scheduler(**limits: Any) -> Scheduler:
     return Scheduler(dataclasses.replace(LIMITS, **limits), TOKEN_BYTES, EOS)
 
 
@@ -117,6 +117,59 @@ def test_a_full_queue_names_bound_and_number() -> None:
     assert scheduler.stats().num_requests_waiting == 2
 
 
+def test_too_many_waiting_tokens_are_refused_but_one_request_may_always_wait() -> None:
+    scheduler = make_scheduler(max_num_seqs=1, max_queued_tokens=10)
+    scheduler.add(ask(1, num_prompt=20), 0)
+    with pytest.raises(
+        QueueFull, match="the queue is full: 20 prompt tokens wait and this request has 1, max_queued_tokens is 10"
+    ):
+        scheduler.add(ask(2), 0)
+    step(scheduler)
+    scheduler.add(ask(2, num_prompt=4), 0)
+    scheduler.add(ask(3, num_prompt=6), 0)
+    with pytest.raises(QueueFull, match="10 prompt tokens wait and this request has 1"):
+        scheduler.add(ask(4), 0)
+    scheduler.abort(3)
+    scheduler.add(ask(4, num_prompt=6), 0)
+
+
+def test_a_lower_priority_number_runs_first_and_equals_run_in_the_order_of_arrival() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    for handle, priority in ((1, 0), (2, 0), (3, -1), (4, 2), (5, -1)):
+        scheduler.add(ask(handle, max_tokens=1, priority=priority), handle)
+    assert [only(step(scheduler)[1]).handle for _ in range(5)] == [3, 5, 1, 2, 4]
+
+
+def test_a_prompt_is_scored_without_drawing_anything() -> None:
+    scheduler = make_scheduler(max_step_tokens=4)
+    scheduler.add(ask(1, num_prompt=6, max_tokens=0, num_prompt_logprobs=0, echo=True), 0)
+    scores = tuple(TokenLogProbs(-float(number), number) for number in range(1, 6))
+    events: list[Event] = []
+    for chunk in (scores[:4], scores[4:]):
+        plan = scheduler.plan(1)
+        assert plan is not None
+        assert [(row.is_sampled, row.num_prompt_logprobs) for row in plan.rows] == [(False, 0)]
+        events += scheduler.commit(plan, StepResult((), (), (chunk,)), 7)
+    event = only(events)
+    assert (event.token_ids, event.text_take_bytes, event.is_request_end) == ((A,) * 6, 6, True)
+    assert event.finish is not None
+    assert (event.finish.reason, event.finish.num_output_tokens) == (FinishReason.LENGTH, 0)
+    assert event.finish.prompt_log_probs == scores
+    assert not scheduler.has_work
+
+
+def test_log_probabilities_reach_the_rows_they_belong_to() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(ask(1), 0)
+    scheduler.add(ask(2, num_logprobs=2), 0)
+    plan = scheduler.plan(0)
+    assert plan is not None
+    assert [row.slot_start.num_logprobs for row in plan.rows if row.slot_start] == [None, 2]
+    given = TokenLogProbs(-0.5, 1, (A, B), (-0.5, -1.5))
+    events = scheduler.commit(plan, StepResult((A, A), (None, given)), 0)
+    assert [event.log_prob for event in events if isinstance(event, TokenEvent)] == [None, given]
+
+
 def test_a_deadline_is_an_error_before_the_first_token() -> None:
     scheduler = make_scheduler()
     scheduler.add(ask(1, deadline_ms=5), 1_000_000)
@@ -167,7 +220,7 @@ def test_the_head_of_the_queue_is_not_overtaken_by_what_would_fit() -> None:
     scheduler.add(ask(2, num_prompt=128), 0)
     scheduler.add(ask(3), 0)
     plan, _ = step(scheduler)
-    assert [len(row.page_ids) for row in plan.rows] == [2]
+    assert [row.slot_start.prompt_token_ids for row in plan.rows if row.slot_start] == [(A,) * 64]
     assert scheduler.stats().num_requests_waiting == 2
 
 

@@ -7,12 +7,14 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from backend.engine.events import FailureKind, FinishReason, RequestFailed, TokenEvent
-from backend.engine.plan import StepPlan, StepResult
-from backend.engine.request import GenerationRequest, mix_seed
+from backend.engine.events import FailureKind, Finish, FinishReason, RequestFailed, TokenEvent
+from backend.engine.plan import PAGE_TOKENS, StepPlan
+from backend.engine.request import GenerationRequest
 from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
 from backend.errors import QueueFull
-from tests.engine.device import EOS_ID, TOKEN_BYTES, Device, draw
+from tests.engine.device import EOS_ID, TOKEN_BYTES, Device, DeviceStep
+from tests.engine.grammar import compile_places
+from tests.engine.sequence_oracle import expected_outputs, expected_prompt_log_probs
 from tests.engine.text_oracle import Output, allowed_text, decode_cut
 
 TURN_NS = 1_000_000
@@ -49,36 +51,6 @@ class Pass(NamedTuple):
 Order = Add | Abort | AbortRequestId | AbortAll | Pass
 
 
-class Expected(NamedTuple):
-    """What one sequence generates when it is left alone."""
-
-    token_ids: tuple[int, ...]
-    reason: FinishReason
-    stop_reason: str
-
-
-def expected_outputs(request: GenerationRequest, index: int) -> Expected:
-    """Token by token, without plans, pages or steps."""
-    end_id = EOS_ID if request.end_id is None else request.end_id
-    ending_ids = {*request.stop_token_ids} | (set() if request.ignore_eos else {end_id})
-    seed = mix_seed(request.sampling.seed, index)
-    outputs: list[Output] = []
-    while True:
-        forbidden = ending_ids if len(outputs) < request.min_tokens else ()
-        position = len(request.prompt_token_ids) - 1 + len(outputs)
-        token_id = draw(seed, position, forbidden=forbidden)
-        outputs.append(Output(token_id, len(outputs) + 1 >= request.min_tokens))
-        ids = tuple(output.token_id for output in outputs)
-        stop = allowed_text(TOKEN_BYTES, outputs, request.stop_strings).stop
-        if stop is not None:
-            return Expected(ids, FinishReason.STOP, stop.decode("utf-8", "replace"))
-        if token_id in ending_ids and outputs[-1].may_stop:
-            is_named = token_id in request.stop_token_ids
-            return Expected(ids, FinishReason.STOP, str(token_id) if is_named else "")
-        if len(ids) == request.max_tokens:
-            return Expected(ids, FinishReason.LENGTH, "")
-
-
 def _is_deadline(event: Event) -> bool:
     if isinstance(event, RequestFailed):
         return event.kind is FailureKind.DEADLINE
@@ -86,11 +58,14 @@ def _is_deadline(event: Event) -> bool:
 
 
 class Trace:
-    """One run. `num_steps_ahead` 1 is the engine's own order: plan(t + 1), launch(t + 1), commit(t)."""
+    """One run. `num_steps_ahead` 1 is the engine's own order: plan(t + 1), launch(t + 1), commit(t), draw what needs masks.
+
+    Guides need the ids of the step before, so not more than one step ahead.
+    """
 
     def __init__(self, limits: SchedulerLimits, num_steps_ahead: int) -> None:
         self.scheduler = Scheduler(limits, TOKEN_BYTES, EOS_ID)
-        self.device = Device(limits.num_pages, limits.max_num_seqs)
+        self.device = Device(limits.num_pages, limits.max_num_seqs, limits.num_host_pages)
         self.plans: list[StepPlan] = []
         self.requests: dict[int, GenerationRequest] = {}
         self.arrivals_ns: dict[int, int] = {}
@@ -98,7 +73,7 @@ class Trace:
         self.aborted: set[int] = set()
         self.now_ns = 1_000_000_000
         self._num_steps_ahead = num_steps_ahead
-        self._in_flight: deque[tuple[StepPlan, StepResult, dict[int, int]]] = deque()
+        self._in_flight: deque[tuple[StepPlan, DeviceStep]] = deque()
 
     def play(self, turns: Sequence[Sequence[Order]]) -> None:
         """Carry out the orders, one list a turn, then go on until nothing is left."""
@@ -121,15 +96,25 @@ class Trace:
         for handle in self.requests:
             assert self.is_ended(handle) or self._deadline_ns(handle) > self.now_ns, "the deadline was overlooked"
         plan = self.scheduler.plan(self.now_ns)
+        undrawn: tuple[StepPlan, DeviceStep] | None = None
         if plan is not None:
             self._check_plan(plan)
             self.plans.append(plan)
-            result = self.device.launch(plan)
-            keys = {row.slot: self.device.slots[row.slot].key for row in plan.rows}
-            self._in_flight.append((plan, result, keys))
+            step = self.device.launch(plan)
+            if plan.needs_masks and self._in_flight:
+                undrawn = plan, step
+            else:
+                step.draw(self.scheduler.masks(plan))
+            self._in_flight.append((plan, step))
+        elif not self._in_flight:
+            assert not self.scheduler.has_work, (
+                "nothing is in flight and nothing can run: the engine would turn for ever"
+            )
         if len(self._in_flight) > (self._num_steps_ahead if plan is not None else 0):
-            committed, result, _ = self._in_flight.popleft()
-            self._record(self.scheduler.commit(committed, result, self.now_ns))
+            committed, finished = self._in_flight.popleft()
+            self._record(self.scheduler.commit(committed, finished.result(), self.now_ns))
+        if undrawn is not None:
+            undrawn[1].draw(self.scheduler.masks(undrawn[0]))
         self.scheduler.check_integrity()
         self._check_stats()
 
@@ -137,6 +122,17 @@ class Trace:
         """Whether the request has had its last event."""
         events = self.events[handle]
         return bool(events) and (isinstance(events[-1], RequestFailed) or events[-1].is_request_end)
+
+    def ids_of(self, handle: int, index: int = 0) -> tuple[int, ...]:
+        """Ids of one sequence so far, its echo too."""
+        tokens = [event for event in self.events[handle] if isinstance(event, TokenEvent)]
+        return tuple(i for event in tokens if event.sequence_index == index for i in event.token_ids)
+
+    def finish_of(self, handle: int, index: int = 0) -> Finish:
+        """How a sequence ended."""
+        tokens = [event for event in self.events[handle] if isinstance(event, TokenEvent)]
+        (finish,) = [event.finish for event in tokens if event.sequence_index == index and event.finish is not None]
+        return finish
 
     def _carry_out(self, order: Order) -> None:
         match order:
@@ -167,11 +163,12 @@ class Trace:
 
     def _add(self, request: GenerationRequest) -> None:
         num_waiting = self.scheduler.stats().num_requests_waiting
-        limit = self.scheduler.limits.max_queued_requests
+        limit, token_limit = self.scheduler.limits.max_queued_requests, self.scheduler.limits.max_queued_tokens
+        guide = None if request.guide is None else compile_places(request.guide)
         try:
-            self.scheduler.add(request, self.now_ns)
+            self.scheduler.add(request, self.now_ns, guide)
         except QueueFull:
-            assert num_waiting == limit, "refused although there was room"
+            assert num_waiting == limit or (token_limit and num_waiting), "refused although there was room"
             return
         assert num_waiting < limit, "taken although the queue was full"
         self.requests[request.handle] = request
@@ -190,33 +187,27 @@ class Trace:
         assert plan.step == len(self.plans)
         assert plan.rows
         assert 0 < plan.num_tokens <= limits.max_step_tokens
-        kinds = [row.is_decode for row in plan.rows]
+        kinds = [row.is_decode or row.num_forced > 0 for row in plan.rows]
         assert kinds == sorted(kinds, reverse=True), "decode rows first"
         slots = [row.slot for row in plan.rows]
         assert len(slots) == len(set(slots)), "a sequence has one row a step"
-        self._check_decodes_go_on(set(slots))
-        self._check_pages_in_flight(plan)
+        for row in plan.rows:
+            assert not row.num_forced or row.is_guided
+        if not limits.num_host_pages:
+            assert not plan.copies
+            self._check_decodes_go_on(set(slots))
 
     def _check_decodes_go_on(self, planned: set[int]) -> None:
-        ended = {handle for handle in self.requests if self.is_ended(handle)}
-        for handle in set(self.requests) - ended:
-            request = self.requests[handle]
-            finished = {e.sequence_index for e in self.events[handle] if isinstance(e, TokenEvent) and e.finish}
-            for index in set(range(request.num_return_sequences)) - finished:
-                key = mix_seed(request.sampling.seed, index)
-                for number, slot in self.device.slots.items():
-                    if slot.key == key and 0 < slot.num_draws < request.max_tokens:
-                        assert number in planned, "a decoding sequence was left out of a step"
-
-    def _check_pages_in_flight(self, plan: StepPlan) -> None:
-        owner: dict[int, int] = {}
-        for launched, _, keys in self._in_flight:
-            owner |= {page_id: keys[row.slot] for row in launched.rows for page_id in row.page_ids}
-        for row in plan.rows:
-            start = row.slot_start
-            key = start.sampling.seed if start is not None else self.device.slots[row.slot].key
-            for page_id in row.page_ids:
-                assert owner.setdefault(page_id, key) == key, "a page of a sequence in flight went to another"
+        """Without host pages every sequence was promised its device pages: it never rests."""
+        wanted = {
+            (request.sampling.seed, request.prompt_token_ids): request.max_tokens
+            for handle, request in self.requests.items()
+            if not self.is_ended(handle) and request.num_return_sequences == 1
+        }
+        for number, slot in self.device.slots.items():
+            most = wanted.get((slot.start.sampling.seed, slot.start.prompt_token_ids), 0)
+            if 0 < slot.num_outputs < most and slot.num_run >= len(slot.start.prompt_token_ids):
+                assert number in planned, "a decoding sequence was left out of a step"
 
     def _check_stats(self) -> None:
         stats, limits = self.scheduler.stats(), self.scheduler.limits
@@ -225,7 +216,8 @@ class Trace:
         assert stats.num_requests_waiting <= min(unanswered, limits.max_queued_requests)
         assert stats.num_requests_running <= limits.max_num_seqs
         assert (stats.num_pages, stats.num_steps) == (limits.num_pages, len(self.plans))
-        assert (stats.num_pages_held == 0) == (stats.num_requests_running == 0)
+        assert stats.num_pages_held == 0 or stats.num_requests_running > 0
+        assert stats.num_pages_held + stats.num_pages_cached <= limits.num_pages
 
     def _most_steps_left(self) -> int:
         """At least one token of work is done in every step."""
@@ -239,10 +231,6 @@ class Trace:
     def _check_end(self) -> None:
         stats = self.scheduler.stats()
         assert (stats.num_requests_running, stats.num_requests_waiting, stats.num_pages_held) == (0, 0, 0)
-        order = [mix_seed(r.sampling.seed, i) for r in self.requests.values() for i in range(r.num_return_sequences)]
-        assert self.device.started == [key for key in order if key in set(self.device.started)], (
-            "first come, first served"
-        )
         for handle in self.requests:
             self._check_answer(handle)
 
@@ -263,16 +251,19 @@ class Trace:
         assert finish is not None
         assert all(event.finish is None for event in events[:-1]), "a sequence ends once, with its last event"
         expected = expected_outputs(request, index)
-        echo = request.prompt_token_ids if request.echo and finish.num_output_tokens else ()
+        is_scored = request.max_tokens == 0 and finish.reason is FinishReason.LENGTH
+        echo = request.prompt_token_ids if request.echo and (finish.num_output_tokens or is_scored) else ()
         ids = tuple(token_id for event in events for token_id in event.token_ids)
         assert ids[: len(echo)] == echo
         outputs = ids[len(echo) :]
         assert len(outputs) == finish.num_output_tokens <= request.max_tokens
         assert outputs == expected.token_ids[: len(outputs)], "the ids of this sequence, in their order"
         if finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
-            assert (outputs, finish.reason, finish.stop_reason) == expected
+            assert (outputs, finish.reason, finish.stop_reason) == (
+                *(expected.token_ids, expected.reason, expected.stop_reason),
+            )
         else:
-            assert len(outputs) < len(expected.token_ids)
+            assert len(outputs) < len(expected.token_ids) or request.max_tokens == 0
             assert finish.stop_reason == ""
             is_aborted = request.handle in self.aborted
             assert finish.reason is (FinishReason.CANCELLED if is_aborted else FinishReason.DEADLINE)
@@ -285,7 +276,20 @@ class Trace:
             finish.last_token_time_ns,
         )
         assert times[0] == self.arrivals_ns[request.handle]
-        assert (times == tuple(sorted(times)) and times[1] > 0) if outputs else times[2:] == (0, 0)
+        assert (times == tuple(sorted(times)) and times[1] > 0) if outputs else times[2] == 0
+
+        given = [event.log_prob for event in events if event.log_prob is not None]
+        assert given == [log_prob for log_prob in expected.log_probs[: len(outputs)] if log_prob is not None]
+        self._check_prompt(request, index, finish)
+
+    def _check_prompt(self, request: GenerationRequest, index: int, finish: Finish) -> None:
+        scores = expected_prompt_log_probs(request) if index == 0 else ()
+        is_cut = finish.reason in (FinishReason.CANCELLED, FinishReason.DEADLINE)
+        assert finish.prompt_log_probs == (scores[: len(finish.prompt_log_probs)] if is_cut else scores)
+        assert finish.num_cached_tokens % PAGE_TOKENS == 0
+        assert 0 <= finish.num_cached_tokens < len(request.prompt_token_ids), "the last token is always run"
+        may_read = self.scheduler.limits.has_prefix_cache and request.num_prompt_logprobs is None
+        assert may_read or index or finish.num_cached_tokens == 0
 
     @staticmethod
     def _check_text(

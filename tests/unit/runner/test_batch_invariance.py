@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backend.engine.plan import PlanRow, SlotStart, StepPlan
+from backend.engine.plan import PlanRow, SlotStart, StepPlan, StepResult
 from backend.engine.request import SamplingParams
 from backend.errors import EngineFailure
-from backend.runner.torch_runner import TorchRunner
+from backend.runner.torch_runner import TorchRunner, TorchStep
 from backend.runner.work_items import ItemSizes
 from tests.checkpoints import TinyConfig, make_checkpoint, random_tensors, write_shards
 from tests.unit.runner.driver import GREEDY, Driver, Script, random_prompt
@@ -27,6 +27,7 @@ PARAMS = (
     SamplingParams(temperature=1.5, top_k=20, min_p=0.05, seed=3),
     SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5),
     SamplingParams(temperature=0.7, presence_penalty=0.7, seed=4),
+    SamplingParams(temperature=0.7, seed=5, logit_bias=((3, 2.0), (8, -5.0)), bad_words=((4,), (5, 6))),
 )
 
 
@@ -63,6 +64,8 @@ def random_mix(generator: np.random.Generator) -> tuple[list[Script], Callable[[
             num_outputs=int(generator.integers(1, 6)),
             params=PARAMS[generator.integers(len(PARAMS))],
             slot=int(slot),
+            num_logprobs=(None, 0, 3)[generator.integers(3)],
+            num_prompt_logprobs=(None, None, 0, 4)[generator.integers(4)],
         )
         for slot in generator.permutation(NUM_SLOTS)[: generator.integers(1, NUM_SLOTS + 1)]
     ]
@@ -80,6 +83,8 @@ def random_mix(generator: np.random.Generator) -> tuple[list[Script], Callable[[
 
 def assert_equal(actual: Script, expected: Script) -> None:
     assert actual.token_ids == expected.token_ids
+    assert actual.log_probs == expected.log_probs
+    assert actual.prompt_log_probs == expected.prompt_log_probs
     for step, (a, b) in enumerate(zip(actual.logits, expected.logits, strict=True)):
         assert torch.equal(a, b), f"logits of output {step} differ by up to {(a - b).abs().max():g}"
 
@@ -99,10 +104,11 @@ def test_any_chunking_gives_the_same_bits(driver: Driver, seed: int, length: int
     generator = np.random.default_rng(seed)
     prompt = random_prompt(generator, length)
     pages = tuple(generator.permutation(NUM_PAGES)[:4].tolist())
-    whole = driver.alone(Script(prompt, num_outputs=2))
+    whole = driver.alone(Script(prompt, num_outputs=2, num_prompt_logprobs=2))
+    assert len(whole.prompt_log_probs) == length - 1
     one_by_one = (length - min(20, length - 1), *(1,) * min(20, length - 1))
     for chunks in (cut(generator, length), (length - 1, 1), (1, length - 1), one_by_one):
-        script = Script(prompt, num_outputs=2, chunks=chunks, pages=pages)
+        script = Script(prompt, num_outputs=2, chunks=chunks, pages=pages, num_prompt_logprobs=2)
         driver.run([script])
         assert_equal(script, whole)
 
@@ -119,16 +125,23 @@ def test_a_step_may_be_launched_before_the_result_of_the_one_before(driver: Driv
     prompt = random_prompt(np.random.default_rng(6), 10)
     expected = driver.alone(Script(prompt, num_outputs=3)).token_ids
     runner = driver.runner
-    first = runner.launch(StepPlan(0, (PlanRow(0, 0, 10, prompt, (0,), True, SlotStart(GREEDY, prompt)),)))
-    second = runner.launch(StepPlan(1, (PlanRow(0, 10, 1, (), (0,), True),)))
-    third = runner.launch(StepPlan(2, (PlanRow(0, 11, 1, (), (0,), True),)))
-    assert [*first.result().token_ids, *second.result().token_ids, *third.result().token_ids] == expected
+    steps: list[TorchStep] = []
+    for row in (
+        PlanRow(0, 0, 10, prompt, (0,), True, SlotStart(GREEDY, prompt)),
+        PlanRow(0, 10, 1, (), (0,), True),
+        PlanRow(0, 11, 1, (), (0,), True),
+    ):
+        steps.append(runner.launch(StepPlan(len(steps), (row,))))
+        steps[-1].draw({})
+    assert [token_id for step in steps for token_id in step.result().token_ids] == expected
 
 
 def test_a_step_that_samples_nothing(driver: Driver) -> None:
     prompt = random_prompt(np.random.default_rng(7), 10)
     row = PlanRow(0, 0, 5, prompt[:5], (0,), False, SlotStart(GREEDY, prompt))
-    assert driver.runner.launch(StepPlan(0, (row,))).result().token_ids == ()
+    step = driver.runner.launch(StepPlan(0, (row,)))
+    step.draw({})
+    assert step.result() == StepResult(())
 
 
 def test_nan_is_reported_by_slot_and_reaches_nobody_else(tmp_path: Path) -> None:
@@ -147,8 +160,10 @@ def test_nan_is_reported_by_slot_and_reaches_nobody_else(tmp_path: Path) -> None
         PlanRow(2, 0, 65, poisoned, (3, 1), True, SlotStart(GREEDY, poisoned)),
         PlanRow(0, 0, 40, prompt, (0,), True, SlotStart(GREEDY, prompt)),
     )
+    step = runner.launch(StepPlan(0, rows))
+    step.draw({})
     with pytest.raises(EngineFailure, match=r"logits: must be finite, got NaN or infinity in slot 2;"):
-        runner.launch(StepPlan(0, rows)).result()
+        step.result()
     for page in (1, 3):  # where the poisoned sequence left NaN
         after = Script(prompt, num_outputs=4, pages=(page,))
         driver.run([after])

@@ -28,7 +28,7 @@ def started(params: SamplingParams, vocab_size: int = VOCAB_SIZE, **start: Any) 
 
 
 def draw(sampler: Sampler, logits: torch.Tensor, slots: list[int], positions: list[int]) -> list[int]:
-    ids: list[int] = sampler.sample(logits.clone(), np.array(slots), np.array(positions)).token_ids.tolist()
+    ids: list[int] = sampler.sample(logits.clone(), np.array(slots), np.array(positions), {}).token_ids.tolist()
     return ids
 
 
@@ -165,7 +165,7 @@ def test_the_smallest_and_largest_penalties_stay_finite() -> None:
         params = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=penalty)
         sampler = started(params, prompt_token_ids=tuple(range(VOCAB_SIZE)))
         logits = logits_of(0)
-        result = sampler.sample(logits, np.array([0]), np.array([3]))
+        result = sampler.sample(logits, np.array([0]), np.array([3]), {})
         assert bool(torch.isfinite(logits).all())
         assert logits_of(0)[0, result.token_ids[0]] > (0.0 if penalty < 1.0 else -1.0)
 
@@ -201,6 +201,9 @@ MIXED = [
     SamplingParams(frequency_penalty=0.4),
     SamplingParams(temperature=1.0, seed=2**64 - 1, presence_penalty=-1.0),
     SamplingParams(temperature=100.0, top_p=0.999, seed=5),
+    SamplingParams(logit_bias=((7, 3.0), (60, -2.0)), presence_penalty=0.5),
+    SamplingParams(temperature=1.0, seed=6, bad_words=((4,), (9, 8), (7, 9, 8))),
+    SamplingParams(temperature=1.0, top_k=40, seed=7, bad_words=((5,),), logit_bias=((11, 1.5),)),
 ]
 
 
@@ -237,18 +240,18 @@ def test_rows_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         return draw(sampler, logits, slots, slots) + draw(sampler, logits, slots, slots)
 
     expected = ids()
-    monkeypatch.setattr("backend.runner.sampler._MAX_BLOCK_ELEMENTS", 2 * VOCAB_SIZE)
+    monkeypatch.setattr("backend.runner.row_blocks._MAX_ELEMENTS", 2 * VOCAB_SIZE)
     assert ids() == expected
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_rows_that_are_no_numbers_are_told(value: float) -> None:
     logits = logits_of(0, 3)
     logits[1, 5] = value
     sampler = Sampler(3, VOCAB_SIZE, CPU)
     for slot in range(3):
         sampler.start(slot, SlotStart(SamplingParams(), (1,), min_tokens=2, ending_ids=(4,)))
-    result = sampler.sample(logits, np.array([0, 1, 2]), np.array([1, 1, 1]))
+    result = sampler.sample(logits, np.array([0, 1, 2]), np.array([1, 1, 1]), {})
     assert result.is_finite.tolist() == [True, False, True]
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from backend.checkpoint.model_config import read_model_config
-from backend.engine.plan import PlanRow, StepPlan
+from backend.engine.plan import PlanRow, SlotStart, StepPlan
+from backend.engine.request import SamplingParams
 from backend.errors import ConfigError
 from backend.runner import invariance
 from backend.runner.invariance import find_dependence
@@ -38,7 +39,7 @@ def test_it_is_a_model_runner_and_says_what_it_is(folder: Path) -> None:
     progress: list[tuple[int, int]] = []
     runner = make_runner(folder, device="cpu", progress=lambda done, total: progress.append((done, total)))
     as_protocol: ModelRunner = runner
-    assert (as_protocol.num_pages, as_protocol.max_num_seqs) == (2, 2)
+    assert (as_protocol.num_pages, as_protocol.num_host_pages, as_protocol.max_num_seqs) == (2, 0, 2)
     assert as_protocol.describe() == {
         "runner": "torch",
         "device": "cpu (1 threads)",
@@ -66,6 +67,7 @@ def test_dtypes_as_set(folder: Path) -> None:
         ({"weight_dtype": "int3"}, "weight_dtype: must be one of auto, fp32, bf16, got 'int3'"),
         ({"kv_dtype": "fp8"}, "kv_dtype: must be one of auto, fp32, bf16, got 'fp8'"),
         ({"num_pages": 0}, "num_pages: must be at least 1, got 0"),
+        ({"num_host_pages": -1}, "num_host_pages: must be at least 0, got -1"),
         ({"max_num_seqs": 0}, "max_num_seqs: must be at least 1, got 0"),
         ({"max_model_len": -1}, "max_model_len: must be at least 1, got -1"),
     ],
@@ -116,11 +118,27 @@ def test_bytes_of_pages(folder: Path, dtype: torch.dtype) -> None:
         PlanRow(2, 0, 1, (1,), (0,), True),
         PlanRow(0, 0, 2, (1,), (0,), True),
         PlanRow(0, 0, 2, (), (0,), True),
+        PlanRow(0, 0, 2, (1, 2), (0,), True, num_forced=2),
+        PlanRow(0, 0, 2, (1, 2), (0,), False, num_forced=1),
     ],
 )
 def test_plans_that_break_the_contract(folder: Path, row: PlanRow) -> None:
     with pytest.raises(AssertionError):
         make_runner(folder).launch(StepPlan(0, (row,)))
+
+
+def test_a_step_is_drawn_once_and_before_anything_that_needs_its_ids(folder: Path) -> None:
+    runner = make_runner(folder)
+    step = runner.launch(StepPlan(0, (PlanRow(0, 0, 1, (1,), (0,), True, SlotStart(SamplingParams(), (1,))),)))
+    decode = StepPlan(1, (PlanRow(0, 1, 1, (), (0,), True),))
+    with pytest.raises(AssertionError, match="drawn before its result"):
+        step.result()
+    with pytest.raises(AssertionError, match="the step before was not drawn"):
+        runner.launch(decode)
+    step.draw({})
+    with pytest.raises(AssertionError, match="drawn once"):
+        step.draw({})
+    runner.launch(decode).draw({})
 
 
 def test_dependence_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

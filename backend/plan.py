@@ -1,0 +1,105 @@
+"""What a checkpoint needs on a machine one does not have: `python -m backend.plan --gpu-memory 80GB --weights fp8 --kv fp8`.
+
+Without `--checkpoint` it answers for Mistral NeMo 12B. It plans for dtypes that this version of the engine may not serve yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from backend.checkpoint.model_config import ModelConfig, read_model_config
+from backend.engine.plan import PAGE_TOKENS
+from backend.errors import ConfigError
+from backend.runner.memory_plan import MemoryPlan, plan_memory
+
+NEMO_12B = ModelConfig(
+    layout="huggingface",
+    num_layers=40,
+    hidden_size=5120,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    ffn_size=14336,
+    vocab_size=131072,
+    rope_theta=1e6,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    max_position_embeddings=131072,
+    source_dtype="bfloat16",
+)
+"""Source: config.json of mistralai/Mistral-Nemo-Instruct-2407."""
+
+_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SCALE_BYTES = 4
+
+
+def num_weight_bytes(config: ModelConfig, weights: str) -> int:
+    """Bytes of a model whose linear layers are in `weights`; embedding and head stay BF16 under fp8, norms are FP32.
+
+    FP8 adds one FP32 scale per output row.
+    """
+    rows = config.query_size + 2 * config.kv_size + config.hidden_size + 2 * config.ffn_size + config.hidden_size
+    elements = config.hidden_size * (2 * config.query_size + 2 * config.kv_size + 3 * config.ffn_size)
+    linears = config.num_layers * (elements * _BYTES[weights] + (rows * _SCALE_BYTES if weights == "fp8" else 0))
+    vocab_matrices = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
+    norms = (2 * config.num_layers + 1) * config.hidden_size * _BYTES["fp32"]
+    return linears + vocab_matrices * max(2, _BYTES[weights]) + norms
+
+
+def plan_machine(config: ModelConfig, memory_bytes: int, arguments: argparse.Namespace) -> MemoryPlan:
+    """The plan for a device of `memory_bytes`; ConfigError with the numbers when the model does not fit."""
+    page_bytes = 2 * config.num_layers * config.kv_size * PAGE_TOKENS * _BYTES[arguments.kv]
+    widest_row = max(config.hidden_size + 2 * config.ffn_size, config.query_size + 2 * config.kv_size)
+    workspace_bytes = 4 * (arguments.max_step_tokens * widest_row + 4 * arguments.max_num_seqs * config.vocab_size)
+    return plan_memory(
+        f"a device of {memory_bytes / 1e9:.1f} GB",
+        int(memory_bytes * arguments.memory_fraction),
+        num_weight_bytes(config, arguments.weights),
+        workspace_bytes,
+        page_bytes,
+        kv_cache_tokens=0,
+        most_tokens=None,
+    )
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as `80GB` or `141 GiB`.
+
+    >>> parse_bytes("80GB"), parse_bytes("1.5 GiB")
+    (80000000000, 1610612736)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    if not found or found[2].upper() not in _UNITS:
+        raise argparse.ArgumentTypeError(f"must be a number and a unit ({', '.join(_UNITS)}), got {text!r}")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan; exit status 1 when the model does not fit."""
+    parser = argparse.ArgumentParser(prog="python -m backend.plan", description=__doc__.partition("\n")[0])
+    parser.add_argument("--gpu-memory", type=parse_bytes, required=True, help="memory of the device, such as 80GB")
+    parser.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the sizes of Mistral NeMo 12B)")
+    parser.add_argument("--weights", choices=_BYTES, default="bf16")
+    parser.add_argument("--kv", choices=_BYTES, default="bf16")
+    parser.add_argument("--memory-fraction", type=float, default=0.9, help="share of the memory to use")
+    parser.add_argument("--max-step-tokens", type=int, default=512)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    arguments = parser.parse_args(argv)
+    try:
+        config = NEMO_12B if arguments.checkpoint is None else read_model_config(arguments.checkpoint)
+        plan = plan_machine(config, arguments.gpu_memory, arguments)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for name, value in plan.lines().items():
+        print(f"{name}: {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
