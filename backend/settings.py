@@ -76,6 +76,11 @@ class Settings:
     num_threads: int = _setting(
         0, "threads of the PyTorch runner on the CPU; 0: one a physical core, less one for the server", high=1024
     )
+    max_tokens_per_response: int = _setting(
+        0,
+        "tokens that one response of a stream carries at most, for clients that count responses; 0: all that have come since the "
+        "last, which is many times faster under load",
+    )
     log_level: str = _setting("info", "least severe lines in the log", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:

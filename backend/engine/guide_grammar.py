@@ -131,6 +131,6 @@ def _choice_grammar(text: str) -> str:
     for index, choice in enumerate(choices):
         if not choice.isascii() and any("\ud800" <= character <= "\udfff" for character in choice):
             raise ValueError(f"choice {index} is not Unicode text: it has a lone surrogate")
-    # An upper-case name makes one lexeme of all choices. Lark's strings are JSON's, but for a bare DEL.
-    literals = (json.dumps(choice).replace("\x7f", "\\u007f") for choice in dict.fromkeys(choices))
+    # An upper-case name makes one lexeme of all choices; Lark's strings are JSON's.
+    literals = (json.dumps(choice) for choice in dict.fromkeys(choices))
     return _lark_grammar("start: CHOICE\nCHOICE: " + " | ".join(literals))

@@ -92,7 +92,8 @@ class MistralNemo:
             max_model_len=self._bounds.max_model_len,
         )
         generation.validate(self._bounds.vocab_size, self._bounds.max_model_len)
-        stream = Stream(generation, sender, set(request.requested_output_names()))
+        outputs = set(request.requested_output_names())
+        stream = Stream(generation, sender, outputs, self._settings.max_tokens_per_response)
         with self._lock:
             if self._death is not None:
                 raise EngineFailure(self._death)

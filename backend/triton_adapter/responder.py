@@ -38,12 +38,14 @@ class Stream:
     which by the outputs that were requested.
     """
 
-    def __init__(self, request: GenerationRequest, sender: Any, requested_outputs: set[str]) -> None:
+    def __init__(
+        self, request: GenerationRequest, sender: Any, requested_outputs: set[str], max_tokens_per_response: int
+    ) -> None:
         self.request = request
         self.sender = sender
         self.requested_outputs = requested_outputs
         self.needs_beats = "token_ids" not in requested_outputs
-        self.pending = PendingQueue(is_streamed=request.stream)
+        self.pending = PendingQueue(is_streamed=request.stream, max_tokens=max_tokens_per_response)
         self.num_unfinished = request.num_return_sequences
         self.last_sent_s = time.monotonic()
         self.is_due = False
@@ -205,7 +207,9 @@ class Responder:
 
     def _take(self, stream: Stream) -> list[Pending]:
         stream.is_due = False
-        taken = stream.pending.take()
+        taken = stream.pending.take(everything=stream.failure is not None)
+        if stream.pending.has_more:
+            self._mark_due(stream)  # behind the others
         stream.num_unfinished -= sum(pending.finish is not None for pending in taken)
         if stream.num_unfinished == 0 or stream.failure is not None:
             self._streams.pop(stream.request.handle, None)

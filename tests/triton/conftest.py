@@ -53,7 +53,7 @@ def server(
     checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[LiveServer]:
     """The server that most tests share; at the end it must go as it promises."""
-    shared = LiveServer(checkpoint, tmp_path_factory.mktemp("shared") / "server")
+    shared = LiveServer(checkpoint, tmp_path_factory.mktemp("shared") / "server", kv_swap_ratio="0")
     request.config.stash[_LOGGED].append(shared)
     try:
         shared.start().wait_until_ready()

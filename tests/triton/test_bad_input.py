@@ -19,12 +19,12 @@ ONE_PROMPT = "exactly one of text_input, messages, prompt_token_ids must be give
 
 # Request -> the server's words behind the name of the field; by gRPC and by HTTP alike.
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    (TEXT | {"max_tokens": 0}, "max_tokens: must be at least 1, got 0"),
-    (TEXT | {"max_tokens": -5}, "max_tokens: must be at least 1, got -5"),
+    (TEXT | {"max_tokens": 0}, "max_tokens: must be at least 1 (0 needs prompt_logprobs), got 0"),
+    (TEXT | {"max_tokens": -5}, "max_tokens: must be at least 1 (0 needs prompt_logprobs), got -5"),
     (IDS | {"max_tokens": 4095}, f"max_tokens: at most 4094 fit behind a prompt of 2 tokens{SERVED}, got 4095"),
     (IDS | {"max_tokens": 2**31 - 1}, f"max_tokens: at most 4094 fit behind a prompt of 2 tokens{SERVED}, got {2**31 - 1}"),
-    ({"prompt_token_ids": [5] * 4096}, "prompt_token_ids: the prompt has 4096 tokens, at most 4095 leave room"),
-    ({"text_input": "~ " * 5000}, "prompt_token_ids: the prompt has 10001 tokens, at most 4095 leave room"),
+    ({"prompt_token_ids": [5] * 4096}, "prompt_token_ids: the prompt has 4096 tokens, at most 4095 fit with 1 more"),
+    ({"text_input": "~ " * 5000}, "prompt_token_ids: the prompt has 10001 tokens, at most 4095 fit with 1 more"),
     (TEXT | {"max_tokens": 4, "min_tokens": 5}, r"min_tokens: must be in [0, max_tokens = 4], got 5"),
     (TEXT | {"min_tokens": -1}, "min_tokens: must be in [0, max_tokens = 256], got -1"),
     (TEXT | {"min_length": -1}, "min_tokens: must be in [0, max_tokens = 256], got -1"),
@@ -88,10 +88,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (TEXT | {"logit_bias_ids": [1500]}, "logit_bias_values: must be as many as logit_bias_ids = 1, got 0"),
     (
         TEXT | {"logit_bias_ids": [1500], "logit_bias_values": [101.0]},
-        "logit_bias_values: must be in [-100, 100], got 101.0",
+        "logit_bias_values: must be in [-100.0, 100.0], got 101.0",
     ),
     (TEXT | {"priority": 1001}, "priority: must be in [-1000, 1000], got 1001"),
-    (TEXT | {"cache_salt": "x"}, "cache_salt: there is no prefix cache in this version"),
+    (TEXT | {"cache_salt": "x" * 257}, "cache_salt: at most 256 characters, got 257"),
 ]  # fmt: skip
 
 # Those of them that a token-level client may send to `mistral_nemo` itself.
@@ -112,13 +112,11 @@ NEUTRAL: dict[str, Any] = {
     "return_generation_logits": False,
     "return_log_probs": False,
     "num_logprobs": 0,
-    "prompt_logprobs": 0,
     "guided_decoding_guide_type": "",
     "guided_decoding_guide": "",
     "bad_words": [""],
     "embedding_bias_words": [""],
     "embedding_bias_weights": [0.0],
-    "logit_bias_values": [0.0],
     "priority": 0,
     "cache_salt": "",
     "pad_id": 0,

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from tritonclient.grpc import InferenceServerClient
 
-from tests.triton.calls import Answer, ask, generate_stream, grpc_stream, post
+from tests.triton.calls import Answer, Reply, ask, generate_stream, grpc_stream, post
+from tests.triton.conftest import StartServer
 from tests.triton.live_server import LiveServer
 from tests.triton.metrics import wait_until_idle
 
@@ -80,7 +81,7 @@ def test_declared_inputs_are_those_of_the_configuration(server: LiveServer) -> N
     assert {name: inputs[name] for name in inputs if name in engine} == {
         name: engine[name] for name in inputs if name in engine
     }
-    assert set(inputs) == set(preprocessing) | (set(engine) - {"abort_handle"})
+    assert set(inputs) == set(preprocessing) | (set(engine) - {"abort_handle", "bad_word_ids", "bad_word_lengths"})
 
 
 @pytest.mark.parametrize("num_sequences", [1, 3])
@@ -155,3 +156,23 @@ def test_token_level_client_of_the_engine(server: LiveServer) -> None:
     assert answer.finish_reason() == "length"
     assert {reply.request_id for reply in answer.replies} == {"mine"}
     assert {name for reply in answer.replies for name in reply.tensors} == {"token_ids", "finish_reason"}
+
+
+def test_bounded_responses(start_server: StartServer) -> None:
+    """With `max_tokens_per_response` no response has more, however fast the tokens come, and streams take turns."""
+    own = start_server(runner="fake", max_tokens_per_response="2")
+    with grpc_stream(own) as calls:
+        for request_id in ("a", "b"):
+            calls.send(request_id=request_id, prompt_token_ids=[1], max_tokens=301, stream=True, seed=7)
+        replies: list[Reply] = []
+        while sum(reply.is_final for reply in replies) < 2:
+            replies.append(calls.next())
+    for request_id in ("a", "b"):
+        answer = Answer(tuple(reply for reply in replies if reply.request_id == request_id))
+        sizes = [len(reply.values("token_ids")) for reply in answer.replies]
+        assert max(sizes) == 2
+        assert sum(sizes) == 301
+        assert answer.summary() == ask(own, prompt_token_ids=[1], max_tokens=301, seed=7).summary()
+    first_of_b = [reply.request_id for reply in replies].index("b")
+    assert first_of_b < 100, "the second stream had to wait for the end of the first"
+    own.stop()

@@ -165,7 +165,7 @@ def test_client_package_gives_the_servers_own_words(server: LiveServer, protocol
     url = server.grpc_url if protocol == "grpc" else server.http_url
     with (
         Client(url, protocol=protocol, timeout_s=CALL_TIMEOUT_S) as client,
-        pytest.raises(RequestFailed, match=r"max_tokens: must be at least 1, got 0"),
+        pytest.raises(RequestFailed, match=r"max_tokens: must be at least 1 \(0 needs prompt_logprobs\), got 0"),
     ):
         list(client.generate("Hello", GenerationParams(max_tokens=0)))
 

@@ -69,7 +69,7 @@ def test_idle_clients_do_not_hold_it_up(start_server: StartServer) -> None:
         assert len(Answer(tuple(idle.until_final())).ids()) == 2
         since_s = time.monotonic()
         server.stop()
-        assert time.monotonic() - since_s < 8.0
+        assert time.monotonic() - since_s < 20.0
 
 
 def test_requests_that_the_server_forgot_to_let_go_of_do_not_hold_it_up(start_server: StartServer) -> None:

@@ -93,16 +93,25 @@ def test_end_to_end_grpc_client_reads_the_times_that_exist(server: LiveServer) -
 
 REFUSED: dict[str, Inputs] = {
     "--beam-width 2": {"beam_width": ("INT32", 2)},
+    "--return-context-logits": {"return_context_logits": ("BOOL", True)},
+    "--return-generation-logits": {"return_generation_logits": ("BOOL", True)},
+}
+SUPPORTED: dict[str, Inputs] = {
     "--bad-words": {"bad_words": ("BYTES", ["Paris"])},
     "--embedding-bias-words": {"embedding_bias_words": ("BYTES", ["Paris"]), "embedding_bias_weights": ("FP32", [5.0])},
     "--return-log-probs": {"return_log_probs": ("BOOL", True)},
-    "--return-context-logits": {"return_context_logits": ("BOOL", True)},
-    "--return-generation-logits": {"return_generation_logits": ("BOOL", True)},
     "--guided-decoding-guide-type": {
-        "guided_decoding_guide_type": ("BYTES", "json"),
-        "guided_decoding_guide": ("BYTES", "{}"),
+        "guided_decoding_guide_type": ("BYTES", "json_schema"),
+        "guided_decoding_guide": ("BYTES", '{"type": "boolean"}'),
     },
 }
+
+
+@pytest.mark.parametrize("flags", SUPPORTED.values(), ids=SUPPORTED)
+def test_what_is_supported_is_accepted(server: LiveServer, flags: Inputs) -> None:
+    answer = call(server, DEFAULTS | flags, ["text_output"])
+    if "guided_decoding_guide" in flags:
+        assert answer.text() in ("true", "false")
 
 
 @pytest.mark.parametrize("flags", REFUSED.values(), ids=REFUSED)
