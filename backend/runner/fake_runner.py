@@ -35,7 +35,8 @@ class FakeStep:
 class FakeRunner:
     """Draws printable one-byte ids that depend on the sequence's seed and the position alone.
 
-    `first_id` is the id of the byte 0x00 (Tekken: 1000); ids walk through the 95 printable characters.
+    `first_id` is the id of the byte 0x00 (Tekken: 1000); ids walk through the 95 printable characters. `idle_s` is how long
+    the device waited for a next step.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class FakeRunner:
         self._step_time_s = step_time_s
         self._first_id = first_id
         self._free_at_s = 0.0
+        self.idle_s = 0.0
         self._seeds = [0] * max_num_seqs
 
     def token_at(self, seed: int, position: int) -> int:
@@ -64,7 +66,10 @@ class FakeRunner:
         for row in plan.rows:
             if row.slot_start is not None:
                 self._seeds[row.slot] = row.slot_start.sampling.seed
-        self._free_at_s = max(self._free_at_s, time.monotonic()) + self._step_time_s
+        now_s = time.monotonic()
+        if self._free_at_s:
+            self.idle_s += max(0.0, now_s - self._free_at_s)
+        self._free_at_s = max(self._free_at_s, now_s) + self._step_time_s
         ids = tuple(
             self.token_at(self._seeds[row.slot], row.start + row.num_tokens - 1) for row in plan.rows if row.is_sampled
         )

@@ -95,6 +95,15 @@ class Metrics:
         """Publish the bound that the engine was started with."""
         self._gauges["num_request_max"].set(max_num_seqs)
 
+    def publish_description(self, description: dict[str, str]) -> None:
+        """Publish what the engine runs on and its memory plan as the labels of one gauge that is always 1.
+
+        Triton's own model metadata cannot be changed once a model is loaded.
+        """
+        self._family("nemo_engine_info", "What the engine runs on, in its labels", "GAUGE").Metric(
+            labels=description
+        ).set(1)
+
     def observe_step(self, step: Step) -> None:
         """Take over what a step ended, and how busy the engine is after it."""
         with self._lock:

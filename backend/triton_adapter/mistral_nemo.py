@@ -50,6 +50,7 @@ class MistralNemo:
         self._bounds = self._engine.start(LoadingLog())
         self._metrics.set_num_request_max(self._bounds.max_num_seqs)
         self._metrics.set_num_restarts(num_restarts())
+        self._metrics.publish_description(self._bounds.description)
         for name, value in sorted(self._bounds.description.items()):
             log.info("%s: %s", name, value)
         announce("engine", pid=self._engine.pid)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.triton.calls import Answer, ask, generate
 from tests.triton.conftest import StartServer
-from tests.triton.live_server import LiveServer, kill, wait_until
+from tests.triton.live_server import LiveServer, http_get, kill, wait_until
 from tests.triton.metrics import read_metrics, wait_until_idle
 
 PROMPT = "The quick brown fox"
@@ -189,3 +189,17 @@ def test_an_engine_that_stands_still_is_replaced(start_server: StartServer) -> N
     assert ask(server, text_input=PROMPT, max_tokens=2).finish_reason() == "length"
     assert read_metrics(server)["nemo_engine_restarts_total"] == 1
     server.stop()
+
+
+def test_the_engine_says_what_it_runs_on(server: LiveServer) -> None:
+    status, body = http_get(server.metrics_port, "/metrics")
+    assert status == 200
+    info = re.search(rb"^nemo_engine_info{(.*)} 1$", body, re.MULTILINE)
+    assert info is not None
+    for label in (
+        b'runner="torch"',
+        b'batch_invariant="yes"',
+        b'kv_cache="1,024 pages = 65,536 tokens',
+        b'memory="weights ',
+    ):
+        assert label in info[1]

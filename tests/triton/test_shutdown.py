@@ -87,7 +87,7 @@ def test_requests_that_the_server_forgot_to_let_go_of_do_not_hold_it_up(start_se
     assert "grace period" not in server.log()
 
 
-@pytest.mark.parametrize("moment", ["starting tritonserver", "loaded postprocessing"])
+@pytest.mark.parametrize("moment", ["starting tritonserver", "nemo.serve: loaded "])
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_signal_during_start_up(start_server: StartServer, moment: str, stop: signal.Signals) -> None:
     server = start_server(is_ready=False)

@@ -91,6 +91,16 @@ def test_end_to_end_grpc_client_reads_the_times_that_exist(server: LiveServer) -
         call(server, DEFAULTS | flags, ["text_output", "kv_cache_alloc_new_blocks"])
 
 
+def test_end_to_end_grpc_client_reads_log_probabilities(server: LiveServer) -> None:
+    flags: Inputs = {"return_log_probs": ("BOOL", True), "exclude_input_in_output": ("BOOL", True)}
+    (reply,) = call(server, DEFAULTS | flags, ["text_output", "cum_log_probs", "output_log_probs"]).replies
+    log_probs = reply.tensors["output_log_probs"]
+    assert (log_probs.datatype, log_probs.shape) == ("FP32", (1, 1, 12))
+    assert reply.tensors["cum_log_probs"].shape == (1, 1)
+    assert reply.value("cum_log_probs") == pytest.approx(sum(log_probs.values), rel=1e-4)
+    assert max(log_probs.values) <= 0
+
+
 REFUSED: dict[str, Inputs] = {
     "--beam-width 2": {"beam_width": ("INT32", 2)},
     "--return-context-logits": {"return_context_logits": ("BOOL", True)},
@@ -109,7 +119,8 @@ SUPPORTED: dict[str, Inputs] = {
 
 @pytest.mark.parametrize("flags", SUPPORTED.values(), ids=SUPPORTED)
 def test_what_is_supported_is_accepted(server: LiveServer, flags: Inputs) -> None:
-    answer = call(server, DEFAULTS | flags, ["text_output"])
+    answer = call(server, DEFAULTS | flags | FLAGS["--exclude-input-in-output"], ["text_output"])
+    assert answer.text()
     if "guided_decoding_guide" in flags:
         assert answer.text() in ("true", "false")
 
