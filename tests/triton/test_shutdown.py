@@ -10,7 +10,7 @@ import pytest
 
 from tests.triton.calls import Answer, ask, grpc_stream, post
 from tests.triton.conftest import StartServer
-from tests.triton.live_server import LiveServer, wait_until
+from tests.triton.live_server import LiveServer, command_line, kill, wait_until
 from tests.triton.metrics import wait_for_metric
 from tests.triton.running import NUM_KINDS, PROMPT, answer, running
 
@@ -74,9 +74,9 @@ def test_idle_clients_do_not_hold_it_up(start_server: StartServer) -> None:
 
 def test_requests_that_the_server_forgot_to_let_go_of_do_not_hold_it_up(start_server: StartServer) -> None:
     """A client that cancels in the moment of the final response makes server 2.51 hold its request for ever."""
-    server = start_server(runner="fake")
+    server = start_server()
     for model in ("ensemble", "mistral_nemo"):
-        for _ in range(60):
+        for _ in range(150):
             with grpc_stream(server) as stream:
                 stream.send(model, **PROMPT, max_tokens=5, stream=True)
                 assert len(Answer(tuple(stream.until_final())).ids()) == 5
@@ -87,16 +87,24 @@ def test_requests_that_the_server_forgot_to_let_go_of_do_not_hold_it_up(start_se
     assert "grace period" not in server.log()
 
 
-@pytest.mark.parametrize("moment", ["starting tritonserver", "nemo.serve: loaded "])
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["at once", "while loading"])
 def test_signal_during_start_up(start_server: StartServer, moment: str, stop: signal.Signals) -> None:
     server = start_server(is_ready=False)
-    wait_until(lambda: moment in server.log(), 30.0, server.log)
+    wait_until(lambda: "starting tritonserver" in server.log(), 30.0, server.log)
+    if moment == "while loading":
+        engines = wait_until(lambda: pids_of_engines(server), 30.0, server.log)
+        kill(engines[0], signal.SIGSTOP)  # a checkpoint that takes for ever
+        wait_until(lambda: "loaded preprocessing" in server.log(), 30.0, server.log)
     since_s = time.monotonic()
     server.stop(stop)
     assert time.monotonic() - since_s < 6.0
     assert "Traceback" not in server.log()
     assert "ready in" not in server.log()
+
+
+def pids_of_engines(server: LiveServer) -> list[int]:
+    return [pid for pid in server.pids() if "backend.engine.process" in command_line(pid)]
 
 
 def test_second_server_on_the_same_machine(start_server: StartServer) -> None:
