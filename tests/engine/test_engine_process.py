@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -52,11 +53,16 @@ def ask(handle: int, max_tokens: int = 5, **changes: Any) -> GenerationRequest:
 
 
 class Owner:
-    """An engine process and everything it said."""
+    """An engine process and everything it said.
+
+    By handle: an engine that costs nothing takes tens of thousands of steps a second, and a search through all of them at
+    each would fall behind for good.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.deaths: list[str] = []
-        self.tokens: list[TokenEvent] = []
+        self.events: defaultdict[int, list[TokenEvent]] = defaultdict(list)
+        self.finishes: dict[int, Finish] = {}
         self.failed: list[RequestFailed] = []
         self.progress: list[messages.Loading] = []
         self.last_stats: Any = None
@@ -66,7 +72,10 @@ class Owner:
 
     def _on_step(self, step: messages.Step) -> None:
         with self._changed:
-            self.tokens += step.tokens
+            for event in step.tokens:
+                self.events[event.handle].append(event)
+                if event.finish is not None:
+                    self.finishes.setdefault(event.handle, event.finish)
             self.failed += step.failed
             self.last_stats = step.stats
             self._changed.notify_all()
@@ -81,10 +90,10 @@ class Owner:
             assert self._changed.wait_for(condition, TIMEOUT_S), "the engine process did not get there"
 
     def of(self, handle: int) -> list[TokenEvent]:
-        return [event for event in self.tokens if event.handle == handle]
+        return self.events[handle]
 
     def finish(self, handle: int) -> Finish | None:
-        return next((event.finish for event in self.of(handle) if event.finish is not None), None)
+        return self.finishes.get(handle)
 
     def wait_for_finish(self, handle: int) -> Finish:
         self.wait_for(lambda: self.finish(handle))
