@@ -171,7 +171,10 @@ class Sequence:
         is_closed = bool(token_ids) and self.text.is_control(token_ids[-1])
         is_request_end = finish is not None and self.group.num_unfinished == 0
         cut = self.text.take()
-        return TokenEvent(self.request.handle, self.index, token_ids, *cut, is_closed, finish, is_request_end, log_prob)
+        log_probs = () if log_prob is None else (log_prob,)
+        return TokenEvent(
+            self.request.handle, self.index, token_ids, *cut, is_closed, finish, is_request_end, log_probs
+        )
 
     def _finish(self, reason: FinishReason, stop_reason: str = "") -> Finish:
         assert self.phase is not Phase.FINISHED, "a sequence ends once"

@@ -278,7 +278,7 @@ class Trace:
         assert times[0] == self.arrivals_ns[request.handle]
         assert (times == tuple(sorted(times)) and times[1] > 0) if outputs else times[2] == 0
 
-        given = [event.log_prob for event in events if event.log_prob is not None]
+        given = [log_prob for event in events for log_prob in event.log_probs]
         assert given == [log_prob for log_prob in expected.log_probs[: len(outputs)] if log_prob is not None]
         self._check_prompt(request, index, finish)
 
