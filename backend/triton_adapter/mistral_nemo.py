@@ -48,7 +48,7 @@ class MistralNemo:
         self._engine = EngineProcess(self._settings, self._on_step, self._on_death)
         self._responder = Responder(self._abort, self._metrics.observe_response, self._metrics.publish)
         self._bounds = self._engine.start(LoadingLog())
-        self._metrics.set_num_request_max(self._bounds.max_num_seqs)
+        self._metrics.set_bounds(self._bounds.max_num_seqs, self._bounds.num_pages)
         self._metrics.set_num_restarts(num_restarts())
         self._metrics.publish_description(self._bounds.description)
         for name, value in sorted(self._bounds.description.items()):
