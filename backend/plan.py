@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from backend.checkpoint.model_config import ModelConfig, read_model_config
-from backend.engine.plan import PAGE_TOKENS
 from backend.errors import ConfigError
-from backend.runner.memory_plan import MemoryPlan, plan_memory
+from backend.runner.memory_plan import MemoryPlan, page_bytes, plan_memory, workspace_bytes
 
 NEMO_12B = ModelConfig(
     layout="huggingface",
@@ -53,15 +52,12 @@ def num_weight_bytes(config: ModelConfig, weights: str) -> int:
 
 def plan_machine(config: ModelConfig, memory_bytes: int, arguments: argparse.Namespace) -> MemoryPlan:
     """The plan for a device of `memory_bytes`; ConfigError with the numbers when the model does not fit."""
-    page_bytes = 2 * config.num_layers * config.kv_size * PAGE_TOKENS * _BYTES[arguments.kv]
-    widest_row = max(config.hidden_size + 2 * config.ffn_size, config.query_size + 2 * config.kv_size)
-    workspace_bytes = 4 * (arguments.max_step_tokens * widest_row + 4 * arguments.max_num_seqs * config.vocab_size)
     return plan_memory(
         f"a device of {memory_bytes / 1e9:.1f} GB",
         int(memory_bytes * arguments.memory_fraction),
         num_weight_bytes(config, arguments.weights),
-        workspace_bytes,
-        page_bytes,
+        workspace_bytes(config, arguments.max_step_tokens, arguments.max_num_seqs),
+        page_bytes(config, _BYTES[arguments.kv]),
         kv_cache_tokens=0,
         most_tokens=None,
     )

@@ -90,7 +90,7 @@ def measure_all(num_requests: int) -> list[dict[str, Any]]:
 
                 def first_token_s(model: str = model) -> float:
                     started_s = time.perf_counter()
-                    values = {
+                    values: dict[str, Any] = {
                         "prompt_token_ids": _PROMPT,
                         "max_tokens": _MAX_TOKENS,
                         "ignore_eos": True,

@@ -74,9 +74,14 @@ class SoakReport:
         return "\n".join(lines)
 
 
-def make_truths(server: LiveServer, seed: int, count: int) -> list[Truth]:
+def make_truths(server: LiveServer, seed: int, count: int, *, progress: bool = False) -> list[Truth]:
     """`count` distinct requests, each served by itself."""
-    return [truth_of(server, index, mixed_request(seed, index)) for index in range(count)]
+    truths = []
+    for index in range(count):
+        truths.append(truth_of(server, index, mixed_request(seed, index)))
+        if progress and index % 50 == 49:
+            print(f"{index + 1}/{count} requests answered alone", file=sys.stderr, flush=True)
+    return truths
 
 
 def make_calls(truths: Sequence[Truth], seed: int, count: int) -> list[Call]:
@@ -166,8 +171,7 @@ def run(folder: Path, seed: int, num_requests: int, at_once: int, max_seconds: f
         try:
             server.start().wait_until_ready()
             if not truths:
-                print("answering every distinct request alone", file=sys.stderr, flush=True)
-                truths = make_truths(server, seed, max(1, num_requests // 8))
+                truths = make_truths(server, seed, max(1, num_requests // 8), progress=True)
             print(f"soak of the {name} server: {settings}", file=sys.stderr, flush=True)
             calls = make_calls(truths, seed, num_requests)
             reports.append(soak(server, calls, at_once, max_seconds, progress=True))
