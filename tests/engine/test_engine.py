@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,13 @@ EOS = 2
 LIMITS = SchedulerLimits(num_pages=64, max_num_seqs=4, max_step_tokens=64, max_queued_requests=8)
 TIMEOUT_S = 20.0
 GUIDE = GuideSpec("regex", "a")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.005)
 
 
 def ask(handle: int, max_tokens: int = 5, **changes: Any) -> GenerationRequest:
@@ -254,8 +262,7 @@ def test_the_age_of_a_turn_grows_while_a_step_hangs_and_is_0_when_idle() -> None
     assert engine.turn_age_s >= before_s + 0.04
     release.set()
     recorder.wait_for(lambda: recorder.is_ended(1) and recorder.is_idle())
-    threading.Event().wait(0.02)
-    assert engine.turn_age_s == 0
+    wait_until(lambda: engine.turn_age_s == 0)
     step_times_s = [stats.step_time_s for stats in recorder.stats]
     assert step_times_s == sorted(step_times_s)
     assert step_times_s[-1] >= 0.05

@@ -205,7 +205,7 @@ def test_an_engine_that_stands_still_is_replaced(start_server: StartServer) -> N
     server = start_server()
     pid = server.pid_of("engine")
     kill(pid, signal.SIGSTOP)
-    wait_until(lambda: not server.is_ready(), 11.0, "the model stays ready although its engine is stopped")
+    wait_until(lambda: not server.is_ready(), 40.0, "the model stays ready although its engine is stopped")
     server.wait_until_ready()
     assert server.pid_of("engine") != pid
     assert ask(server, text_input=PROMPT, max_tokens=2).finish_reason() == "length"
