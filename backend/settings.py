@@ -81,6 +81,11 @@ class Settings:
         "tokens that one response of a stream carries at most, for clients that count responses; 0: all that have come since the "
         "last, which is many times faster under load",
     )
+    recording: str = _setting(
+        "",
+        "folder in which each engine process writes down what it was asked and what it planned, for "
+        "`python -m backend.engine.recording`; the files hold prompts and outputs; empty: none",
+    )
     log_level: str = _setting("info", "least severe lines in the log", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:

@@ -22,12 +22,13 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from backend.checkpoint.vocabulary import read_vocabulary
+from backend.checkpoint.vocabulary import Vocabulary, read_vocabulary
 from backend.engine import messages
 from backend.engine.engine import Engine
 from backend.engine.guide import GuideCompiler
 from backend.engine.outbox import Outbox
 from backend.engine.plan import PAGE_TOKENS
+from backend.engine.recording import RecordingScheduler
 from backend.engine.scheduler import Scheduler, SchedulerLimits
 from backend.errors import ConfigError
 from backend.logs import start_logging
@@ -37,6 +38,19 @@ from backend.settings import Settings
 log = logging.getLogger("nemo.engine")
 _PR_SET_PDEATHSIG = 1
 _LIFE_PERIOD_S = 1.0
+
+
+def make_scheduler(settings: Settings, limits: SchedulerLimits, vocabulary: Vocabulary) -> Scheduler:
+    """A Scheduler; one that writes a recording when it is asked for. ConfigError when it cannot be written."""
+    if not settings.recording:
+        return Scheduler(limits, vocabulary.token_bytes, vocabulary.eos_id)
+    path = Path(settings.recording, f"engine-{os.getpid()}.rec")
+    try:
+        file = path.open("wb")
+    except OSError as error:
+        raise ConfigError(f"setting recording: {path} cannot be written: {error.strerror}") from error
+    log.info("everything that is asked and planned is written to %s", path)
+    return RecordingScheduler(limits, vocabulary.token_bytes, vocabulary.eos_id, file)
 
 
 def build_engine(settings: Settings, outbox: Outbox) -> Engine:
@@ -62,7 +76,7 @@ def build_engine(settings: Settings, outbox: Outbox) -> Engine:
         max_queued_requests=settings.max_queued_requests,
         default_deadline_ms=settings.default_deadline_ms,
     )
-    scheduler = Scheduler(limits, vocabulary.token_bytes, vocabulary.eos_id)
+    scheduler = make_scheduler(settings, limits, vocabulary)
     outbox.put(
         messages.Ready(
             served.vocab_size,

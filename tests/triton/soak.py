@@ -159,15 +159,18 @@ def _accounts(calls: Sequence[Call], before: dict[str, float], after: dict[str, 
     return problems
 
 
-def run(folder: Path, seed: int, num_requests: int, at_once: int, max_seconds: float) -> list[SoakReport]:
-    """Both soaks, on servers of their own, which must end as they promise."""
+def run(
+    folder: Path, seed: int, num_requests: int, at_once: int, max_seconds: float, recordings: Path | None
+) -> list[SoakReport]:
+    """Both soaks, on servers of their own, which must end as they promise; their engines write `recordings`."""
     checkpoint = make_checkpoint(
         folder / "checkpoint", has_tekken=True, num_heads=4, num_kv_heads=1, head_dim=64, **SIZES
     )
     truths: list[Truth] = []
     reports = []
     for name, settings in SERVERS.items():
-        server = LiveServer(checkpoint, folder / name, **settings)
+        more: dict[str, Any] = {} if recordings is None else {"recording": str(recordings)}
+        server = LiveServer(checkpoint, folder / name, **settings, **more)
         try:
             server.start().wait_until_ready()
             if not truths:
@@ -191,11 +194,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--max-seconds", type=float, default=1800.0, help="of each; what is not sent by then is a problem"
     )
+    parser.add_argument("--recordings", type=Path, help="folder for recordings of the engines (setting `recording`)")
     parser.add_argument("--no-results", action="store_true", help="only print")
     arguments = parser.parse_args(argv)
     results = conditions("tests.triton.soak", sys.argv[1:] if argv is None else argv)
     with tempfile.TemporaryDirectory() as folder:
-        reports = run(Path(folder), arguments.seed, arguments.requests, arguments.at_once, arguments.max_seconds)
+        reports = run(
+            Path(folder),
+            arguments.seed,
+            arguments.requests,
+            arguments.at_once,
+            arguments.max_seconds,
+            arguments.recordings,
+        )
     cells = [report.numbers() for report in reports]
     results["cells"] = [{"server": name} | cell for name, cell in zip(SERVERS, cells, strict=True)]
     print(soak_table(results))
