@@ -104,7 +104,7 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
 
 @pytest.mark.parametrize("name", ["roomy", "tight"])
 def test_recordings_of_a_server_under_load_give_the_same_plans(vocabulary: Vocabulary, name: str) -> None:
-    """A refactor must decide as before; what is meant to decide otherwise is recorded anew (README.md in that folder says how)."""
+    """A refactor must decide as before; one that is meant to decide otherwise records anew (that folder says how)."""
     compiler = GuideCompiler(vocabulary)
     with gzip.open(RECORDINGS / f"{name}.rec.gz") as file:
         replay = Replay().play(
