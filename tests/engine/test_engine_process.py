@@ -237,7 +237,7 @@ def test_close_leaves_nothing_behind(tekken_checkpoint: Path) -> None:
     with owning(fake_settings(tekken_checkpoint)) as owner:
         owner.engine.submit(ask(1, max_tokens=LONG))
         owner.wait_for(lambda: owner.of(1))
-    assert owner.engine._process.returncode == 0, "the engine did not end by itself"
+    assert owner.engine._process.returncode >= 0, "the engine did not end by itself"
     assert owner.deaths == []
     assert not is_running(owner.engine.pid)
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, descriptors)
