@@ -43,8 +43,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     `text_ids`, `text_skip_bytes`, `text_take_bytes` are a TextCut. `is_closed`: nothing may be joined behind these ids in the
     same response, because they end in a control id. `finish` comes with the last event of a sequence, exactly once;
-    `is_request_end` with the last of all its request's sequences. `log_prob` belongs to the last of `token_ids` (those before it
-    are an echo).
+    `is_request_end` with the last of all its request's sequences. `log_probs` belong to the last of `token_ids` (those
+    before them are an echo).
     """
 
     handle: int
@@ -56,7 +56,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     is_closed: bool
     finish: Finish | None
     is_request_end: bool = False
-    log_prob: TokenLogProbs | None = None
+    log_probs: tuple[TokenLogProbs, ...] = ()
 
     @property
     def text(self) -> TextCut:

@@ -11,11 +11,6 @@ from backend.checkpoint.model_config import ModelConfig
 from backend.engine.plan import PAGE_TOKENS
 
 
-def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of one page: K and V of 64 tokens in all layers."""
-    return 2 * config.num_layers * config.kv_size * PAGE_TOKENS * dtype.itemsize
-
-
 def kv_shape(config: ModelConfig, num_pages: int) -> tuple[int, ...]:
     """[layer][page][kv_head][token in page][head_dim] of K, and of V."""
     return (config.num_layers, num_pages, config.num_kv_heads, PAGE_TOKENS, config.head_dim)

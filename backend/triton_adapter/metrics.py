@@ -91,9 +91,10 @@ class Metrics:
         self._published_stats: EngineStats | None = None
         self._next_s = 0.0
 
-    def set_num_request_max(self, max_num_seqs: int) -> None:
-        """Publish the bound that the engine was started with."""
+    def set_bounds(self, max_num_seqs: int, num_pages: int) -> None:
+        """Publish what the engine was started with; until its first step all pages are free."""
         self._gauges["num_request_max"].set(max_num_seqs)
+        self._gauges["nemo_kv_pages_free"].set(num_pages)
 
     def publish_description(self, description: dict[str, str]) -> None:
         """Publish what the engine runs on and its memory plan as the labels of one gauge that is always 1.

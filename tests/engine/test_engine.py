@@ -155,7 +155,7 @@ def run_to_the_end(runner: Any, request: GenerationRequest, compile_guide: Compi
 
     def emit(events: list[Event], stats: EngineStats) -> None:
         emitted.extend(events)
-        if not stats.num_pages_held:
+        if not stats.num_pages_held and emitted:
             engine.stop()
 
     engine = Engine(Scheduler(LIMITS, TOKEN_BYTES, EOS), runner, emit, compile_guide)

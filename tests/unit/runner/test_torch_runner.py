@@ -14,8 +14,9 @@ from backend.engine.request import SamplingParams
 from backend.errors import ConfigError
 from backend.runner import invariance
 from backend.runner.invariance import find_dependence
-from backend.runner.kv_pages import KvPages, page_bytes
+from backend.runner.kv_pages import KvPages
 from backend.runner.linear import linear
+from backend.runner.memory_plan import page_bytes
 from backend.runner.model_runner import ModelRunner
 from backend.runner.placement import choose_placement, num_physical_cores
 from backend.runner.torch_runner import TorchRunner
@@ -112,7 +113,7 @@ def test_bytes_of_pages(folder: Path, dtype: torch.dtype) -> None:
     config = read_model_config(folder)
     pages = KvPages(config, 5, device=CPU, dtype=dtype)
     held = sum(tensor.nbytes for layer in range(config.num_layers) for tensor in pages.tiles(layer))
-    assert held == 5 * page_bytes(config, dtype)
+    assert held == 5 * page_bytes(config, dtype.itemsize)
 
 
 @pytest.mark.parametrize(
