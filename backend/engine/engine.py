@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import queue
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import msgspec
 
-from backend.engine.events import EngineStats, FailureKind, RequestFailed
+from backend.engine.events import STEP_TIME_BOUNDS_S, EngineStats, FailureKind, RequestFailed
 from backend.engine.plan import StepPlan
 from backend.engine.request import GenerationRequest, GuideSpec
 from backend.engine.scheduler import Event, Scheduler
@@ -48,7 +49,8 @@ class Engine:
         self._scheduler = scheduler
         self._compile_guide = compile_guide
         self._turn_started_s = 0.0
-        self._busy_s = 0.0
+        self._step_time_s = 0.0
+        self._step_time_counts = [0] * (len(STEP_TIME_BOUNDS_S) + 1)
         self._runner = runner
         self._emit = emit
         self._inbox: queue.SimpleQueue[Callable[[], list[Event]] | None] = queue.SimpleQueue()
@@ -107,11 +109,23 @@ class Engine:
                 events += self._scheduler.commit(in_flight.plan, in_flight.step.result(), time.monotonic_ns())
             if launched is not None and launched.plan.needs_masks:
                 launched.step.draw(self._scheduler.masks(launched.plan))
+            if launched is not None or in_flight is not None:
+                self._count_step_time(time.monotonic() - self._turn_started_s)
             in_flight = launched
             if not self._scheduler.has_work:
                 self._scheduler.check_integrity()
-            self._busy_s += time.monotonic() - self._turn_started_s
-            self._emit(events, msgspec.structs.replace(self._scheduler.stats(), busy_s=self._busy_s))
+            self._emit(events, self._stats())
+
+    def _count_step_time(self, seconds: float) -> None:
+        self._step_time_s += seconds
+        self._step_time_counts[bisect_left(STEP_TIME_BOUNDS_S, seconds)] += 1
+
+    def _stats(self) -> EngineStats:
+        counts = tuple(self._step_time_counts)
+        stats: EngineStats = msgspec.structs.replace(
+            self._scheduler.stats(), step_time_s=self._step_time_s, step_time_counts=counts
+        )
+        return stats
 
     def _add(self, request: GenerationRequest, arrival_ns: int) -> list[Event]:
         """Take a request into the queue; only then is its grammar compiled, so that the bounds of the queue hold for that too."""
