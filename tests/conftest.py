@@ -10,5 +10,5 @@ import hypothesis
 hypothesis.settings.register_profile("project", deadline=None)
 hypothesis.settings.load_profile("project")
 
-# A shell starts what it puts into the background with SIGINT ignored, and children inherit that: those that are to be interrupted too.
+# A shell starts what it puts into the background with SIGINT ignored, and children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -3,8 +3,8 @@
     python -m tests.bench.bench_quality [--questions 0]
 
 Questions in phrasings the demo was not trained on and behind system prompts, then the right answer token by token through the
-PyTorch runner, so that decode steps read the KV pages. For each token: the error of the logits over their spread, the divergence of
-the distribution, whether the best id is FP32's. An answer is right when greedy decoding gives it to the last character.
+PyTorch runner, so that decode steps read the KV pages. For each token: the error of the logits over their spread, the
+divergence of the distribution, whether the best id is FP32's. An answer is right when greedy decoding gives it exactly.
 """
 
 from __future__ import annotations
