@@ -46,7 +46,9 @@ def make_runner(settings: Settings, progress: Progress) -> ServedModel:
     config = read_model_config(Path(settings.checkpoint))
     if settings.runner == "fake":
         return _fake(settings, config)
-    placement = choose_placement("auto", settings.weight_dtype, settings.kv_dtype)
+    placement = choose_placement(
+        "auto", settings.weight_dtype, settings.kv_dtype, settings.head_dtype, config.quantization
+    )
     plan = _plan_for(placement, config, settings)
     num_host_pages = _num_host_pages(settings, plan)
     max_model_len, why = _served_length(config, settings, plan.num_pages)
@@ -59,6 +61,7 @@ def make_runner(settings: Settings, progress: Progress) -> ServedModel:
         device=str(placement.device),
         weight_dtype=settings.weight_dtype,
         kv_dtype=settings.kv_dtype,
+        head_dtype=settings.head_dtype,
         num_threads=settings.num_threads,
         progress=lambda done, total: progress("weights", done, total),
     )
@@ -97,7 +100,7 @@ def _plan_for(placement: Placement, config: ModelConfig, settings: Settings) -> 
     return plan_memory(
         str(placement.device),
         budget_bytes,
-        weight_bytes(config, placement.weight_dtype),
+        weight_bytes(config, placement.weight_format),
         workspace_bytes(config, settings.max_step_tokens, settings.max_num_seqs),
         page_bytes(config, placement.kv_dtype.itemsize),
         kv_cache_tokens=settings.kv_cache_tokens,

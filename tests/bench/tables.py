@@ -78,10 +78,25 @@ def soak_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def quality_table(results: dict[str, Any]) -> str:
+    """Of bench_quality."""
+    lines = [
+        "| held in | error of logits, % | KL, nats | same best id, % | right answers |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for cell in results["cells"]:
+        lines.append(
+            f"| {cell['held']} | {cell['logits_error_percent']:.2f} | {cell['mean_kl_nats']:.5f} | "
+            f"{cell['same_best_id_percent']:.2f} | {cell['num_right']} of {cell['num_questions']} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ensemble": ensemble_table,
     "first_token": first_token_table,
     "overlap": overlap_table,
+    "quality": quality_table,
     "scheduler": scheduler_table,
     "soak": soak_table,
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 from backend.checkpoint.model_config import read_model_config
 from backend.checkpoint.weights import weight_bytes
-from backend.plan import NEMO_12B, main, num_weight_bytes, parse_bytes
+from backend.plan import NEMO_12B, main, parse_bytes, weight_format
 from backend.runner import select
 from backend.runner.memory_plan import page_bytes, workspace_bytes
 from backend.runner.placement import Placement
@@ -25,18 +24,11 @@ NUM_LINEAR_WEIGHTS = NUM_PARAMETERS - NUM_NORM_WEIGHTS - 2 * 131072 * 5120
 
 def test_weights_of_nemo_12b() -> None:
     """BF16: two bytes each, and norms in FP32. FP8: embedding and head stay BF16, and each row has a scale of four bytes."""
-    assert num_weight_bytes(NEMO_12B, "bf16") == 2 * NUM_PARAMETERS + 2 * NUM_NORM_WEIGHTS
-    assert num_weight_bytes(NEMO_12B, "fp32") == 4 * NUM_PARAMETERS
+    assert weight_bytes(NEMO_12B, weight_format("bf16")) == 2 * NUM_PARAMETERS + 2 * NUM_NORM_WEIGHTS
+    assert weight_bytes(NEMO_12B, weight_format("fp32")) == 4 * NUM_PARAMETERS
     num_rows = 40 * (4096 + 1024 + 1024 + 5120 + 14336 + 14336 + 5120)
     fp8 = NUM_LINEAR_WEIGHTS + 4 * num_rows + 2 * 2 * 131072 * 5120 + 4 * NUM_NORM_WEIGHTS
-    assert num_weight_bytes(NEMO_12B, "fp8") == fp8
-
-
-@pytest.mark.parametrize("tie_word_embeddings", [False, True])
-def test_weights_are_those_that_will_be_loaded(tie_word_embeddings: bool) -> None:
-    config = replace(NEMO_12B, tie_word_embeddings=tie_word_embeddings)
-    assert num_weight_bytes(config, "bf16") == weight_bytes(config, torch.bfloat16)
-    assert num_weight_bytes(config, "fp32") == weight_bytes(config, torch.float32)
+    assert weight_bytes(NEMO_12B, weight_format("fp8")) == fp8
 
 
 def test_kv_and_workspace_of_nemo_12b() -> None:
@@ -49,7 +41,7 @@ def test_kv_and_workspace_of_nemo_12b() -> None:
 def test_the_command_plans_for_an_80_gb_device(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--gpu-memory", "80GB", "--weights", "fp8", "--kv", "fp8"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    left = 72_000_000_000 - num_weight_bytes(NEMO_12B, "fp8") - workspace_bytes(NEMO_12B, 512, 256)
+    left = 72_000_000_000 - weight_bytes(NEMO_12B, weight_format("fp8")) - workspace_bytes(NEMO_12B, 512, 256)
     num_pages = left // (64 * 80 * 1024)
     assert lines == [
         f"memory: weights 12.66 GiB + workspace 0.63 GiB + KV {num_pages * 64 * 80 * 1024 / 2**30:.2f} GiB of 67.06 GiB "
@@ -86,7 +78,7 @@ def test_it_is_the_plan_an_engine_starts_with(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80 * 10**9, 80 * 10**9))
-    placement = Placement(torch.device("cuda:0"), torch.bfloat16, torch.bfloat16)
+    placement = Placement(torch.device("cuda:0"), weight_format("bf16"), torch.bfloat16)
     plan = select._plan_for(placement, NEMO_12B, Settings(checkpoint="any"))
     assert main(["--gpu-memory", "80GB"]) == 0
     printed = capsys.readouterr().out
