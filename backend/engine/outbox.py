@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections import deque
+from itertools import islice
 from multiprocessing.connection import Connection
 
 from backend.engine import messages
@@ -18,6 +19,8 @@ from backend.engine.joined_event import JoinedEvent
 from backend.engine.scheduler import Event
 
 _STATS_PERIOD_S = 0.1
+MOST_EVENTS = 512
+"""Events in one message, when more wait: neither side is to be busy with a single message for long."""
 
 
 class WaitingStep:
@@ -29,6 +32,7 @@ class WaitingStep:
 
     def __init__(self, step: messages.Step, max_tokens: int) -> None:
         self._max_tokens = max_tokens
+        self._first_stats = step.stats
         self._failed: list[RequestFailed] = []
         self._waiting: dict[int, JoinedEvent | TokenEvent] = {}
         self._num_seen = 0
@@ -55,10 +59,18 @@ class WaitingStep:
         self._failed += step.failed
         self._stats = step.stats
 
-    def message(self) -> messages.Step:
-        """All of it as one step."""
-        tokens = (event if isinstance(event, TokenEvent) else event.event() for event in self._waiting.values())
-        return messages.Step(tuple(tokens), tuple(self._failed), self._stats)
+    def take(self) -> tuple[messages.Step, bool]:
+        """The first MOST_EVENTS events as one step, and whether anything is left; failures and the load come with the last."""
+        taken = list(islice(self._waiting.items(), MOST_EVENTS))
+        tokens = []
+        for key, event in taken:
+            del self._waiting[key]
+            if self._last[event.handle, event.sequence_index] == key:
+                del self._last[event.handle, event.sequence_index]
+            tokens.append(event if isinstance(event, TokenEvent) else event.event())
+        if self._waiting:
+            return messages.Step(tuple(tokens), (), self._first_stats), True
+        return messages.Step(tuple(tokens), tuple(self._failed), self._stats), False
 
     def _is_full(self, before: JoinedEvent | TokenEvent, event: TokenEvent) -> bool:
         return 0 < self._max_tokens < len(before.token_ids) + len(event.token_ids)
@@ -101,8 +113,11 @@ class MessageQueue:
         if self._alive is not None:
             message, self._alive = self._alive, None
         elif self._step is not None:
-            message = self._step if isinstance(self._step, messages.Step) else self._step.message()
-            self._step = None
+            if isinstance(self._step, messages.Step):
+                message, self._step = self._step, None
+            else:
+                message, has_more = self._step.take()
+                self._step = self._step if has_more else None
         elif self._fatal is not None:
             message, self._fatal = self._fatal, None
         else:

@@ -1,8 +1,8 @@
 """Sends what the engine says to the clients, in a thread of its own, and notices the clients that are gone.
 
 Every request has a Stream. The engine's receiving thread adds events to it and marks it as due; the sending thread takes due
-streams in turn and sends what each has by then. So a stream gets a response a token while sending keeps up, and several
-tokens in one response when it does not. A stream that is silent gets a beat from time to time: through an ensemble,
+streams in turn (turns.py) and sends what each has by then. So a stream gets a response a token while sending keeps up, and
+several tokens in one response when it does not. A stream that is silent gets a beat from time to time: through an ensemble,
 postprocessing can only see that its client is gone when a response passes by.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +24,7 @@ from backend.triton_adapter import tensors
 from backend.triton_adapter.log_probs import drawn_tensors, prompt_tensor
 from backend.triton_adapter.pending import PendingQueue
 from backend.triton_adapter.stream_chunk import StreamChunk
+from backend.triton_adapter.turns import Turns
 
 log = logging.getLogger("nemo.responder")
 _BEAT_AFTER_S = 0.25
@@ -49,6 +49,8 @@ class Stream:
         self.pending = PendingQueue(is_streamed=request.stream, max_tokens=max_tokens_per_response)
         self.num_unfinished = request.num_return_sequences
         self.last_sent_s = time.monotonic()
+        self.has_sent = False
+        self.may_join = max_tokens_per_response == 0
         self.is_due = False
         self.failure: NemoError | None = None
         self._cumulated: dict[int, float] = {}
@@ -138,7 +140,7 @@ class Responder:
         self._on_response = on_response
         self._on_tick = on_tick
         self._streams: dict[int, Stream] = {}
-        self._due: deque[Stream] = deque()
+        self._turns: Turns[Stream] = Turns()
         self._changed = threading.Condition()
         self._is_closing = False
         self._thread = threading.Thread(target=self._send_forever, name="responder", daemon=True)
@@ -160,7 +162,7 @@ class Responder:
             for event in events:
                 stream = self._streams.get(event.handle)
                 if stream is not None and stream.pending.add(event):
-                    self._mark_due(stream)
+                    self._turns.add(stream, time.monotonic())
             self._changed.notify()
 
     def fail(self, handle: int, error: NemoError) -> None:
@@ -169,7 +171,7 @@ class Responder:
             stream = self._streams.get(handle)
             if stream is not None:
                 stream.failure = error
-                self._mark_due(stream)
+                self._turns.add(stream, time.monotonic())
             self._changed.notify()
 
     def fail_all(self, error: NemoError) -> int:
@@ -187,32 +189,37 @@ class Responder:
             self._changed.notify()
         self._thread.join(timeout=10)
 
-    def _mark_due(self, stream: Stream) -> None:
-        if not stream.is_due:
-            stream.is_due = True
-            self._due.append(stream)
-
     def _send_forever(self) -> None:
-        next_tick_s = time.monotonic() + _TICK_S
+        ticked_s, busy_s = time.monotonic(), 0.0
         while True:
             with self._changed:
-                if not self._due and not self._is_closing:
-                    self._changed.wait(timeout=max(0.0, next_tick_s - time.monotonic()))
-                if not self._due and self._is_closing:
+                stream = self._next_stream(ticked_s + _TICK_S)
+                if stream is None and self._is_closing:
                     return
-                stream = self._due.popleft() if self._due else None
                 taken = self._take(stream) if stream is not None else []
+            started_s = time.monotonic()
             if stream is not None:
                 self._send(stream, taken)
-            if time.monotonic() >= next_tick_s:
-                next_tick_s = time.monotonic() + _TICK_S
+            now_s = time.monotonic()
+            busy_s += now_s - started_s
+            if now_s >= ticked_s + _TICK_S:
+                self._turns.observe(busy_s / (now_s - ticked_s))
+                ticked_s, busy_s = now_s, 0.0
                 self._tick()
 
+    def _next_stream(self, next_tick_s: float) -> Stream | None:
+        """Whose turn it is; waits for that until the next tick. When closing, everybody's, and None when all was sent."""
+        now_s = float("inf") if self._is_closing else time.monotonic()
+        stream = self._turns.pop(now_s)
+        if stream is None and not self._is_closing:
+            self._changed.wait(timeout=max(0.0, min(next_tick_s - now_s, self._turns.wait_s(now_s))))
+            stream = self._turns.pop(time.monotonic())
+        return stream
+
     def _take(self, stream: Stream) -> list[JoinedEvent]:
-        stream.is_due = False
         taken = stream.pending.take(everything=stream.failure is not None)
         if stream.pending.has_more:
-            self._mark_due(stream)  # behind the others
+            self._turns.add(stream, time.monotonic())  # behind the others
         stream.num_unfinished -= sum(pending.finish is not None for pending in taken)
         if stream.num_unfinished == 0 or stream.failure is not None:
             self._streams.pop(stream.request.handle, None)
@@ -230,6 +237,7 @@ class Responder:
             log.exception("the response to request %r could not be sent", stream.request.request_id)
             self._abort(stream.request.handle)
         stream.last_sent_s = time.monotonic()
+        stream.has_sent = True
 
     def _tick(self) -> None:
         """Look after silent streams, then let the owner update its metrics."""

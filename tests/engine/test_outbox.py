@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from backend.engine import messages
 from backend.engine.events import EngineStats, FailureKind, RequestFailed, TokenEvent
-from backend.engine.outbox import MessageQueue, Outbox
+from backend.engine.outbox import MOST_EVENTS, MessageQueue, Outbox
 from backend.engine.plan import TokenLogProbs
 from tests.engine.text_oracle import decode_cut
 from tests.unit.test_pending import TOKEN_BYTES, make_events
@@ -130,6 +130,26 @@ def test_many_tokens_wait_as_one_event_a_sequence() -> None:
     message = queue.take()
     assert isinstance(message, messages.Step)
     assert [event.token_ids for event in message.tokens] == [tuple(range(10_000))] * 2
+
+
+def test_many_sequences_are_told_in_several_messages() -> None:
+    queue, num_sequences = MessageQueue(), 2 * MOST_EVENTS + 100
+    for number in range(3):
+        events = [TokenEvent(handle, 0, (number,), (), 0, 0, False, None) for handle in range(num_sequences)]
+        failed = (RequestFailed(10**6 + number, FailureKind.CANCELLED, ""),)
+        queue.put(messages.Step(tuple(events), failed, stats(number)))
+    first = queue.take()
+    assert isinstance(first, messages.Step)
+    queue.put(messages.Step((TokenEvent(0, 0, (3,), (), 0, 0, False, None),), (), stats(3)))
+    rest = [queue.take(), queue.take()]
+    assert not queue
+    assert all(isinstance(message, messages.Step) for message in rest)
+    steps = [message for message in (first, *rest) if isinstance(message, messages.Step)]
+    assert [len(step.tokens) for step in steps] == [MOST_EVENTS, MOST_EVENTS, 101]
+    assert [len(step.failed) for step in steps] == [0, 0, 3]
+    assert [step.stats.num_steps for step in steps] == [0, 0, 3]
+    ids = {handle: content(events)[0] for (handle, _), events in sequences_of(steps).items()}
+    assert ids == {handle: [0, 1, 2, 3] if handle == 0 else [0, 1, 2] for handle in range(num_sequences)}
 
 
 def test_messages_of_the_start_come_first_and_the_end_behind_all() -> None:

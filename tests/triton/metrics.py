@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 from tests.triton.live_server import LiveServer, http_get, wait_until
 
+_SETTLED_S = 0.5
 _GAUGES = ("num_requests_running", "num_requests_waiting", "gpu_cache_usage_perc")
 
 
@@ -13,6 +16,21 @@ def read_metrics(server: LiveServer) -> dict[str, float]:
     assert status == 200, body
     lines = [line for line in body.decode().splitlines() if line and not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def read_settled_metrics(server: LiveServer) -> dict[str, float]:
+    """Every sample, once those of the engine stay the same for longer than it takes to publish them."""
+
+    def engine_samples() -> dict[str, float]:
+        return {name: value for name, value in read_metrics(server).items() if not name.startswith("nv_")}
+
+    def is_settled() -> bool:
+        before = engine_samples()
+        time.sleep(_SETTLED_S)
+        return before == engine_samples()
+
+    wait_until(is_settled, 30.0, "the metrics do not settle")
+    return read_metrics(server)
 
 
 def wait_for_metric(server: LiveServer, name: str, least: float, timeout_s: float = 30.0) -> None:

@@ -13,7 +13,7 @@ from backend.engine.events import STEP_TIME_BOUNDS_S
 from tests.triton.calls import Answer, Reply, ask, grpc_stream
 from tests.triton.conftest import StartServer
 from tests.triton.live_server import LiveServer, http_get
-from tests.triton.metrics import read_metrics, wait_for_metric, wait_until_idle
+from tests.triton.metrics import read_metrics, read_settled_metrics, wait_for_metric, wait_until_idle
 
 GAUGES = ("num_requests_running", "num_requests_waiting", "num_request_max", "gpu_cache_usage_perc")
 COUNTERS = (
@@ -137,8 +137,10 @@ def test_every_value_follows_a_scripted_run(start_server: StartServer) -> None:
     first_id = run.ask("mistral_nemo", prompt_token_ids=[1] * 30, max_tokens=1).ids()[0]
     assert run.ask(prompt_token_ids=[1] * 30, max_tokens=9, stop_token_ids=[first_id]).finish_reason() == "stop"
     run.fail("RequestError", prompt_token_ids=[1], max_tokens=0)
-    wait_until_idle(server)
-    after = engine_samples(read_metrics(server))
+    # Published ten times a second, counters first: requests as short as these may never have been seen running.
+    for name in ("request_success_total", "request_failure_total", "request_generation_tokens_count"):
+        wait_for_metric(server, name, before.get(name, 0.0) + run.truth[name])
+    after = engine_samples(read_settled_metrics(server))
     change = {name: after[name] - before.get(name, 0.0) for name in after}
     truth = run.truth
     histograms = {name.removesuffix("_count") for name in truth if name.endswith("_count")}

@@ -6,7 +6,10 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 from backend.settings import TABLE_BEGIN, TABLE_END, settings_table
+from tests.bench.tables import TABLES, written
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -16,6 +19,20 @@ def test_settings_table_is_the_one_printed() -> None:
     assert text.partition(TABLE_BEGIN)[2].partition(TABLE_END)[0].strip() == settings_table(), (
         "run `python -m backend.settings`"
     )
+
+
+def test_measurements_are_those_of_the_results() -> None:
+    text = README.read_text()
+    assert written(text) == text, "run `python -m tests.bench.tables`"
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_that_differs_from_its_results_is_found(name: str) -> None:
+    text = README.read_text()
+    table = text.partition(f"<!-- {name}: begin -->")[2].partition(f"<!-- {name}: end -->")[0]
+    assert written(text.replace(table, table.replace("1", "7"))) == text
+    with pytest.raises(ValueError, match=f"no marks for the table {name}"):
+        written(text.replace(f"<!-- {name}: begin -->", ""))
 
 
 def test_python_examples_are_python() -> None:
