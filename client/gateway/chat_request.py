@@ -152,13 +152,13 @@ async def plan_chat(request: ChatRequest, ensemble: Ensemble) -> ChatPlan:
 
 
 def _prompt_tensors(request: ChatRequest) -> Iterator[InputTensor]:
-    yield made_tensor("messages", "messages", "BYTES", json_text(request.messages))
+    yield made_tensor("messages", "messages", "BYTES", json_text("messages", request.messages))
     if request.offered_tools:
         # `strict` is dealt with here; the template has no place for it.
         tools: list[dict[str, Any]] = [tool.model_dump(exclude_none=True) for tool in request.offered_tools]
         for tool in tools:
             tool["function"].pop("strict", None)
-        yield made_tensor("tools", "tools", "BYTES", json_text(tools))
+        yield made_tensor("tools", "tools", "BYTES", json_text("tools", tools))
 
 
 def _other_tensors(request: ChatRequest, guide: Guide | None, mode: str) -> Iterator[InputTensor]:

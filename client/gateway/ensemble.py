@@ -2,7 +2,7 @@
 and for ids' text.
 
 NOTE: this drives the stub that tritonclient generates, on grpc.aio, as client/grpc_transport.py does on threads:
-tritonclient's own aio client copies each response through NumPy objects, and does not pass on the status of an error.
+tritonclient's own aio client copies each response through NumPy objects.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ import orjson
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from client.errors import BrokenStream
-from client.gateway.errors import ApiError, from_rpc
+from client.gateway.errors import ApiError, from_message, from_rpc
 from client.params import InputTensor
 from client.response import Response, unpack
 
 MODEL = "ensemble"
 _READY_TIMEOUT_S = 2.0
 _CALL_TIMEOUT_S = 60.0
-# With it an error ends the stream with its status instead of coming as a bare message.
-_METADATA = (("triton_grpc_error", "true"),)
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -121,12 +119,12 @@ class Ensemble:
     ) -> AsyncGenerator[Any, None]:
         request = _request(model, tensors, outputs, request_id)
         request.parameters["triton_enable_empty_final_response"].bool_param = True
-        call = self._stub.ModelStreamInfer(iter((request,)), metadata=_METADATA)
+        call = self._stub.ModelStreamInfer(iter((request,)))
         is_complete = False
         try:
             async for message in call:
                 if message.error_message:
-                    raise ApiError(500, f"the server failed: {message.error_message}")
+                    raise from_message(message.error_message, params)
                 response = message.infer_response
                 is_complete = is_complete or response.parameters["triton_final_response"].bool_param
                 if response.outputs:

@@ -75,27 +75,39 @@ def bad_request(param: str, problem: str) -> ApiError:
 
 
 def from_rpc(status: grpc.StatusCode, details: str, params: Mapping[str, str]) -> ApiError:
-    """What an error of the ensemble is to an OpenAI client; `params` are names that go before the usual ones."""
-    message = _WRAPPING.sub("", details).strip() or status.name
-    if status is grpc.StatusCode.INVALID_ARGUMENT:
-        return _invalid(message, params)
-    if status is grpc.StatusCode.CANCELLED:
-        return ApiError(499, message, code="cancelled")
-    if status is grpc.StatusCode.UNAVAILABLE and message.startswith("the queue is full"):
-        return ApiError(429, message, code="queue_full")
-    if status is grpc.StatusCode.UNAVAILABLE and message.startswith("deadline_ms"):
-        return ApiError(503, message, code="deadline_exceeded")
+    """What a failed call is to an OpenAI client; `params` are names of tensors that go before the usual ones."""
+    if status in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL):
+        return from_message(details, params)
     if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND):
-        # An unloaded ensemble is NOT_FOUND to Triton; our own model names were checked before.
-        return ApiError(503, f"the model is not ready: {message}", code="not_ready")
+        return _not_ready(details or status.name)
+    return ApiError(500, f"the server failed: {status.name}: {details}")
+
+
+def from_message(message: str, params: Mapping[str, str]) -> ApiError:
+    """What an error in a stream is to an OpenAI client; as `from_rpc`.
+
+    NOTE: such an error is a bare message, so its kind is told by its words, which are our own models' and Triton's. The header
+    `triton_grpc_error` would bring a status, but a stream that ends by it can bring server 2.51 down (SIGSEGV, seen).
+    """
+    message = _WRAPPING.sub("", message).strip()
+    if message.startswith("the queue is full"):
+        return ApiError(429, message, code="queue_full")
+    if message.startswith("deadline_ms: nothing was generated"):
+        return ApiError(503, message, code="deadline_exceeded")
+    if message == "cancelled":
+        return ApiError(503, "the server took the request back", code="cancelled")
+    if message.startswith(("the engine ", "Request for unknown model", "Server is stopping")):
+        return _not_ready(message)
+    if found := _FIELD.match(message):
+        return _invalid(found[1], found[2], params)
     return ApiError(500, f"the server failed: {message}")
 
 
-def _invalid(message: str, params: Mapping[str, str]) -> ApiError:
-    found = _FIELD.match(message)
-    if found is None:
-        return ApiError(400, message)
-    tensor, problem = found.groups()
+def _not_ready(details: str) -> ApiError:
+    return ApiError(503, f"the model is not ready: {details}", code="not_ready")
+
+
+def _invalid(tensor: str, problem: str, params: Mapping[str, str]) -> ApiError:
     param = params.get(tensor) or _PARAM_OF_TENSOR.get(tensor, tensor)
     code = "context_length_exceeded" if "max_model_len" in problem else None
     return ApiError(400, f"{param}: {problem}", param, code)

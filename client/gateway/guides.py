@@ -51,17 +51,17 @@ def _format_guide(response_format: ResponseFormat | None) -> Guide | None:
     if schema is None or schema.json_schema is None:
         missing = "json_schema" if schema is None else "json_schema.schema"
         raise bad_request(f"response_format.{missing}", "must be given with type json_schema, got none")
-    return Guide("json_schema", json_text(schema.json_schema), "response_format")
+    return Guide("json_schema", json_text("response_format", schema.json_schema), "response_format")
 
 
 def _extension_guides(request: SharedFields) -> Iterator[Guide]:
     if (schema := request.extension("guided_json")) is not None:
-        text = schema if isinstance(schema, str) else json_text(schema)
+        text = schema if isinstance(schema, str) else json_text("guided_json", schema)
         yield Guide("json_schema", text, "guided_json")
     if (regex := request.extension("guided_regex")) is not None:
         yield Guide("regex", regex, "guided_regex")
     if (choices := request.extension("guided_choice")) is not None:
-        yield Guide("choice", json_text(choices), "guided_choice")
+        yield Guide("choice", json_text("guided_choice", choices), "guided_choice")
     if (grammar := request.extension("guided_grammar")) is not None:
         yield Guide("ebnf_grammar", grammar, "guided_grammar")
 
@@ -83,15 +83,15 @@ def tool_call_guide(tools: Sequence[tuple[str, dict[str, Any] | None]], *, is_pa
     schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}, "$defs": definitions}
     if not is_parallel:
         schema["maxItems"] = 1
-    return Guide("json_schema", json_text(schema), "tools")
+    return Guide("json_schema", json_text("tools", schema), "tools")
 
 
-def json_text(value: Any) -> str:
-    """JSON on one line; ApiError's cause is the caller's (a lone surrogate), so it is named by the caller."""
+def json_text(param: str, value: Any) -> str:
+    """JSON on one line; ApiError for text that is not Unicode, and for integers of more than 64 bits."""
     try:
         return orjson.dumps(value).decode()
     except TypeError as error:
-        raise bad_request("body", f"holds text or a number that JSON cannot: {error}") from None
+        raise bad_request(param, f"cannot be passed on: {error}") from None
 
 
 def _moved(schema: Any, place: str) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from client.gateway.chat_request import ChatRequest
 from client.gateway.completion_request import CompletionRequest
+from client.gateway.fields import SharedFields
 from client.gateway.settings import settings_table
 
 README = Path(__file__).with_name("README.md")
@@ -13,7 +14,7 @@ README = Path(__file__).with_name("README.md")
 
 def fields_table() -> str:
     """Every field of the two requests, which of them has it, and what it means."""
-    kinds = {"chat": ChatRequest, "completions": CompletionRequest}
+    kinds: dict[str, type[SharedFields]] = {"chat": ChatRequest, "completions": CompletionRequest}
     names = dict.fromkeys(name for kind in kinds.values() for name in kind.model_fields)
     lines = ["| field | chat | completions | meaning |", "|---|---|---|---|"]
     for name in sorted(names):

@@ -49,10 +49,10 @@ async def tokenize(body: TokenizeRequest, service: ServiceOf) -> dict[str, Any]:
     if body.prompt is not None:
         tensors.append(made_tensor("prompt", "text_input", "BYTES", body.prompt))
     if body.messages is not None:
-        tensors.append(made_tensor("messages", "messages", "BYTES", json_text(body.messages)))
+        tensors.append(made_tensor("messages", "messages", "BYTES", json_text("messages", body.messages)))
     if body.tools:
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
-        tensors.append(made_tensor("tools", "tools", "BYTES", json_text(tools)))
+        tensors.append(made_tensor("tools", "tools", "BYTES", json_text("tools", tools)))
     ids = await service.ensemble.token_ids(tensors, {})
     if body.add_special_tokens is False:
         ids = ids[1:]  # a prompt always gets a BOS in front
