@@ -18,7 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: serve setup check test lock clean help
+.PHONY: serve setup check test test-fuzz test-lm-eval browser lock clean help
 
 # The server binary comes with a wheel unless an installed tritonserver is there.
 SERVER_LOCKS := requirements/server.txt $(if $(wildcard /opt/tritonserver/bin/tritonserver),,requirements/triton.txt)
@@ -30,6 +30,7 @@ BRIEFLY := 2>&1 | sed --unbuffered --regexp-extended \
     --expression '/^WARNING: Location .* is ignored: it is neither/d' \
     --expression '/^ +Downloading .*(kB|bytes)\)$$/d' --expression 's/^ +Downloading /    /' --expression 's/^Installing collected packages.*/    installing/'
 UV := uv==0.13.9
+LM_EVAL := lm_eval[api]==0.4.13
 
 setup: .venv/.ready-tests  ## Make .venv with everything, without running anything
 
@@ -39,8 +40,31 @@ check: .venv/.ready-tests  ## Formatting, lint, types and house rules
 	.venv/bin/mypy
 	.venv/bin/pytest tests/unit/test_house_rules.py
 
-test: .venv/.ready-tests  ## Every test that needs no GPU
+test: .venv/.ready-tests browser  ## Every test that needs no GPU
 	.venv/bin/pytest --durations=10 --durations-min=2
+
+test-fuzz: .venv/.ready-tests  ## Ten minutes of requests drawn from the gateway's OpenAPI document
+	FUZZ_SECONDS=600 FUZZ_EXAMPLES=1000 .venv/bin/pytest -rP tests/gateway/test_fuzz.py
+
+# lm-eval wants NumPy 2.
+test-lm-eval: .venv/.ready-tests .venv-lm-eval/.ready  ## lm-eval through the gateway gives the scores that PyTorch gives directly
+	.venv/bin/python -m tests.gateway.lm_eval.compare .venv-lm-eval/bin/lm_eval
+
+.venv-lm-eval/.ready: | .venv/bin/python
+	@echo "set-up: .venv-lm-eval with $(LM_EVAL)"
+	@'$(PYTHON)' -m venv --clear .venv-lm-eval
+	@.venv-lm-eval/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off '$(LM_EVAL)'
+	@touch $@
+
+# The page is tested in Chromium, which is no Python package: installed where that is possible, else those tests are skipped.
+browser:
+	@has() { command -v "$$1" > /dev/null; }; \
+	if has chromedriver && { has chromium || has chromium-browser || has google-chrome; }; then exit 0; fi; \
+	if has apt-get && [ "$$(id -u)" = 0 ]; then \
+	    echo "set-up: chromium and chromium-driver"; \
+	    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends chromium chromium-driver; } > /dev/null 2>&1 && exit 0; \
+	fi; \
+	echo "set-up: no Chromium with chromedriver here: the tests of the page will be skipped"
 
 .venv/bin/python:
 	@command -v '$(PYTHON)' > /dev/null || { echo "make: no '$(PYTHON)' here: install Python 3.11 or 3.12, or name one, as in make PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -77,8 +101,8 @@ lock: | .venv/bin/python  ## Write requirements/*.txt anew from the pins in pypr
 	for extra in client gateway server triton; do compile "$$extra" --extra "$$extra" --constraint requirements/tests.txt; done
 
 clean:  ## Remove .venv and what the tools left behind
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-lm-eval .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -22,9 +23,26 @@ from client.gateway.settings import GatewaySettings
 
 # What pydantic puts into the place of an error besides names of fields: the branches of a union.
 _NO_FIELD = re.compile(r".*[^a-z0-9_].*|str|int|float|bool|dict|list|[A-Z].*")
+_ERRORS = {
+    400: "The caller's mistake; `error.param` names the field",
+    401: "No key, or a wrong one",
+    404: "There is no such model",
+    413: "The body is too large",
+    429: "The engine's queue is full",
+    503: "Loading, draining or restarting",
+}
 _PATHS = frozenset(
     (
-        *("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/", "/openapi.json"),
+        *(
+            "/v1/chat/completions",
+            "/v1/completions",
+            "/v1/models",
+            "/tokenize",
+            "/detokenize",
+            "/tokenizer_info",
+            "/",
+            "/openapi.json",
+        ),
         *("/v1/health/live", "/v1/health/ready", "/v1/metrics", "/v1/version", "/v1/metadata"),
     )
 )
@@ -49,12 +67,27 @@ def make_app(settings: GatewaySettings, keys: ApiKeys) -> tuple[ASGIApp, Service
         redoc_url=None,
     )
     app.state.service = service
+    app.openapi = lambda: _schema(app, settings)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(Exception, _on_bug)
     for module in (generation_routes, text_routes, page_routes, service_routes):
         app.include_router(module.router)
     return Watched(BoundedBody(app, settings.max_body_bytes), metrics), service
+
+
+def _schema(app: FastAPI, settings: GatewaySettings) -> dict[str, Any]:
+    """The OpenAPI document, with the names that `model` may have here, and errors as they are (never 422)."""
+    if app.openapi_schema is None:
+        document = FastAPI.openapi(app)
+        for schema in document["components"]["schemas"].values():
+            if "model" in schema.get("properties", {}):
+                schema["properties"]["model"]["enum"] = list(settings.model_names)
+        for operation in (each for path in document["paths"].values() for each in path.values()):
+            if operation["responses"].pop("422", None):
+                operation["responses"] |= {str(status): {"description": text} for status, text in _ERRORS.items()}
+    assert app.openapi_schema is not None
+    return app.openapi_schema
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

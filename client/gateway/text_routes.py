@@ -21,7 +21,7 @@ router = APIRouter(dependencies=[Depends(check_key), Depends(check_open)], tags=
 class TokenizeRequest(Model):
     """Exactly one of `prompt` and `messages`."""
 
-    model: str
+    model: str | None = None
     prompt: str | None = None
     add_special_tokens: bool | None = Field(None, description="of a prompt; false: no BOS in front")
     messages: list[dict[str, JsonValue]] | None = Field(None, min_length=1)
@@ -31,14 +31,14 @@ class TokenizeRequest(Model):
 class DetokenizeRequest(Model):
     """Ids of a text."""
 
-    model: str
+    model: str | None = None
     tokens: list[int] = Field(max_length=2**20)
 
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, service: ServiceOf) -> dict[str, Any]:
     """Ids of a text, or of a chat in its template."""
-    service.check_model(body.model)
+    _check_model(service, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("prompt", "exactly one of prompt and messages must be given")
     if body.prompt is not None and body.tools is not None:
@@ -62,11 +62,25 @@ async def tokenize(body: TokenizeRequest, service: ServiceOf) -> dict[str, Any]:
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, service: ServiceOf) -> dict[str, str]:
     """Text of ids; control ids have none."""
-    service.check_model(body.model)
+    _check_model(service, body.model)
     if not body.tokens:
         return {"prompt": ""}
     made_tensor("tokens", "token_ids", "INT32", *body.tokens)
     return {"prompt": await service.ensemble.text(body.tokens, {"token_ids": "tokens"})}
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(service: ServiceOf) -> dict[str, Any]:
+    """The control tokens, as vLLM has it; lm-eval's remote tokenizer asks for them. Written in a text they are text."""
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    length = await max_model_len(service)
+    return {"tokenizer_class": "Tekken", "add_bos_token": True, "model_max_length": length} | tokens
+
+
+def _check_model(service: ServiceOf, model: str | None) -> None:
+    """A name is not needed here, but a wrong one is refused."""
+    if model is not None:
+        service.check_model(model)
 
 
 async def max_model_len(service: ServiceOf) -> int | None:

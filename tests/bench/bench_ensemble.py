@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.bench.conditions import machine_and_commit
 from tests.checkpoints import make_checkpoint
 from tests.triton.live_server import PROJECT, LiveServer
 from tests.triton.metrics import wait_until_idle
@@ -86,12 +85,7 @@ def row(cell: dict[str, Any]) -> str:
 
 def conditions(command: str, seconds: float) -> dict[str, Any]:
     """Where and how the numbers were taken."""
-    git = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "machine": f"{models[0].partition(': ')[2] if models else platform.machine()}, {os.cpu_count()} cores",
-        "load_average_before": round(os.getloadavg()[0], 2),
-        "commit": subprocess.run(git, capture_output=True, text=True, timeout=10, check=False).stdout.strip(),
+    return machine_and_commit() | {
         "command": command,
         "seconds_per_cell": seconds,
         "prompt_tokens": _PROMPT_TOKENS,

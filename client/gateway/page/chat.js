@@ -3,7 +3,7 @@
 
 const EXAMPLES = ["What is Mistral NeMo?", "What is Tekken?", "How big is the KV cache per token?"];
 const element = (id) => document.getElementById(id);
-let history = [];
+let turns = []; // a new array for every state; a new chat begins with a new one
 let running = null; // the AbortController of the answer that is coming
 
 function addMessage(role, text) {
@@ -70,7 +70,8 @@ async function* events(response) {
 }
 
 async function ask(question) {
-  const messages = [...history, { role: "user", content: question }];
+  const before = turns;
+  const messages = [...before, { role: "user", content: question }];
   addMessage("user", question);
   const message = addMessage("assistant", "");
   const body = message.querySelector(".body");
@@ -83,6 +84,9 @@ async function ask(question) {
   let usage = null;
   let reason = "";
   let problem = "";
+  const keep = () => {
+    if (turns === before) turns = [...messages, { role: "assistant", content: body.textContent }];
+  };
   try {
     const response = await fetch("/v1/chat/completions", {
       method: "POST", headers: headers(), body: JSON.stringify(request(messages)), signal: running.signal,
@@ -100,11 +104,11 @@ async function ask(question) {
         if (isAtEnd) scrollDown();
       }
     }
-    history = [...messages, { role: "assistant", content: body.textContent }];
+    keep();
   } catch (error) {
     problem = error.name === "AbortError" ? "" : error.message;
     reason = "stopped";
-    if (!problem && body.textContent) history = [...messages, { role: "assistant", content: body.textContent }];
+    if (!problem && body.textContent) keep();
   }
   message.classList.remove("running");
   running = null;
@@ -176,7 +180,7 @@ function start() {
   element("stop").addEventListener("click", () => running?.abort());
   element("clear").addEventListener("click", () => {
     running?.abort();
-    history = [];
+    turns = [];
     element("log").replaceChildren(element("empty"));
     element("empty").hidden = false;
     element("question").focus();

@@ -9,11 +9,11 @@ const SVG = "http://www.w3.org/2000/svg";
 const PLOTS = [
   { id: "running", name: "Running", unit: "", least: 4, value: (now) => now.num_requests_running },
   { id: "waiting", name: "Waiting", unit: "", least: 4, value: (now) => now.num_requests_waiting },
-  { id: "pages", name: "Pages in use", unit: "", least: 8, value: (now) => now.nemo_kv_pages_used,
+  { id: "pages", name: "Pages", unit: "", least: 8, value: (now) => now.nemo_kv_pages_used,
     note: (now) => ` of ${format(now.nemo_kv_pages_used + now.nemo_kv_pages_cached + now.nemo_kv_pages_free)}` },
-  { id: "speed", name: "Tokens per second", unit: "", least: 10,
+  { id: "speed", name: "Tokens/s", unit: "", least: 10,
     value: (now, before) => rate(now, before, "nemo_response_tokens_total") },
-  { id: "hits", name: "Prefix cache hits", unit: " %", least: 100,
+  { id: "hits", name: "Prefix hits", unit: " %", least: 100,
     value: (now) => percent(now.nemo_prefix_hit_tokens_total, now.nemo_prefix_queried_tokens_total) },
 ];
 
