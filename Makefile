@@ -18,7 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: serve setup check test test-fuzz test-lm-eval browser lock clean help
+.PHONY: serve setup check test soak test-fuzz test-lm-eval browser lock clean help
 
 # The server binary comes with a wheel unless an installed tritonserver is there.
 SERVER_LOCKS := requirements/server.txt $(if $(wildcard /opt/tritonserver/bin/tritonserver),,requirements/triton.txt)
@@ -42,6 +42,9 @@ check: .venv/.ready-tests  ## Formatting, lint, types and house rules
 
 test: .venv/.ready-tests browser  ## Every test that needs no GPU
 	.venv/bin/pytest --durations=10 --durations-min=2
+
+soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, also with too few pages (about 5 minutes)
+	.venv/bin/python -m tests.triton.soak
 
 test-fuzz: .venv/.ready-tests  ## Ten minutes of requests drawn from the gateway's OpenAPI document
 	FUZZ_SECONDS=600 FUZZ_EXAMPLES=1000 .venv/bin/pytest -rP tests/gateway/test_fuzz.py

@@ -25,13 +25,12 @@ from typing import Any
 from client import Client, GenerationParams
 from client.gateway.tables import README
 from tests.bench.bench_ensemble import measure
-from tests.bench.conditions import machine_and_commit
+from tests.bench.conditions import conditions, write_results
 from tests.checkpoints import make_checkpoint
 from tests.gateway.conftest import MODEL, is_ready
 from tests.triton.live_server import LiveServer, wait_until
 from tests.triton.metrics import wait_until_idle
 
-RESULTS = Path(__file__).with_name("results") / "gateway.json"
 BEGIN, END = "<!-- bench: begin (written by python -m tests.bench.bench_gateway) -->", "<!-- bench: end -->"
 _PROMPT_TOKENS = 64
 _MAX_TOKENS = 512
@@ -161,12 +160,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--first-tokens", type=int, default=200, help="requests each way")
     parser.add_argument("--no-results", action="store_true", help="only print")
     arguments = parser.parse_args(argv)
-    command = " ".join(["python -m tests.bench.bench_gateway", *(argv or sys.argv[1:])])
-    about = machine_and_commit() | {"command": command, "prompt_tokens": _PROMPT_TOKENS, "max_tokens": _MAX_TOKENS}
+    about = conditions("tests.bench.bench_gateway", sys.argv[1:] if argv is None else argv)
+    about |= {"prompt_tokens": _PROMPT_TOKENS, "max_tokens": _MAX_TOKENS}
     results = about | measure_all(arguments.streams, arguments.seconds, arguments.first_tokens)
     print(table(results))
     if not arguments.no_results:
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        write_results("gateway", results)
         before, begin, rest = README.read_text().partition(BEGIN)
         README.write_text(f"{before}{begin}\n\n{table(results)}\n\n{END}{rest.partition(END)[2]}")
     return 0

@@ -17,7 +17,7 @@ import httpx2
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.bench.conditions import machine_and_commit
+from tests.bench.conditions import conditions
 from tests.gateway.conftest import DEMO, MODEL, start
 from tests.triton.live_server import PROJECT, LiveServer
 
@@ -130,7 +130,7 @@ def main(binary: str) -> int:
         try:
             url = f"http://127.0.0.1:{server.openai_port}"
             reference = Reference(url)
-            result = machine_and_commit() | {
+            result = conditions("tests.gateway.lm_eval.compare", sys.argv[1:]) | {
                 "lm_eval": subprocess.run(
                     [str(Path(binary).with_name("pip")), "show", "lm_eval"], capture_output=True, text=True
                 )
