@@ -114,12 +114,15 @@ class ChatRequest(SharedFields):
                     )
 
 
+ToolMode = Literal["off", "auto", "forced"]
+
+
 @dataclass(frozen=True)
 class ChatPlan:
-    """How a chat request is carried out."""
+    """How a chat request is carried out; `max_calls` bounds the tool calls that are given."""
 
     call: Call
-    tool_mode: Literal["off", "auto", "forced"]
+    tool_mode: ToolMode
     max_calls: int | None
 
 
@@ -130,7 +133,8 @@ async def plan_chat(request: ChatRequest, ensemble: Ensemble) -> ChatPlan:
     could not write that control token.
     """
     request.check()
-    guide, mode = requested_guide(request, request.response_format), "off"
+    guide = requested_guide(request, request.response_format)
+    mode: ToolMode = "off"
     if request.offered_tools:
         mode = "forced" if request.forced_tools else "auto"
         if guide is not None:
@@ -144,11 +148,8 @@ async def plan_chat(request: ChatRequest, ensemble: Ensemble) -> ChatPlan:
         ids = await ensemble.token_ids(prompt, _PARAMS)
         prompt = [InputTensor("prompt_token_ids", "INT32", (*ids, TOOL_CALLS_ID))]
     tensors = (*prompt, *_other_tensors(request, guide, mode))
-    return ChatPlan(
-        Call(tensors, _PARAMS | (guide.params() if guide else {})),
-        mode,  # type: ignore[arg-type]
-        1 if request.parallel_tool_calls is False else None,
-    )
+    call = Call(tensors, _PARAMS | (guide.params() if guide else {}))
+    return ChatPlan(call, mode, 1 if request.parallel_tool_calls is False else None)
 
 
 def _prompt_tensors(request: ChatRequest) -> Iterator[InputTensor]:
@@ -161,7 +162,7 @@ def _prompt_tensors(request: ChatRequest) -> Iterator[InputTensor]:
         yield made_tensor("tools", "tools", "BYTES", json_text("tools", tools))
 
 
-def _other_tensors(request: ChatRequest, guide: Guide | None, mode: str) -> Iterator[InputTensor]:
+def _other_tensors(request: ChatRequest, guide: Guide | None, mode: ToolMode) -> Iterator[InputTensor]:
     yield from request.sampling_tensors()
     max_tokens = request.max_tokens or request.max_completion_tokens
     if max_tokens is not None:
