@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from client import Client, GenerationParams
+from client.gateway.completion_request import CompletionRequest, plan_completion
+from client.gateway.ensemble import Ensemble
 from client.gateway.tables import README
 from tests.bench.bench_ensemble import measure
 from tests.bench.conditions import conditions, write_results
@@ -50,29 +51,32 @@ def body(generator: random.Random, max_tokens: int) -> dict[str, Any]:
     }
 
 
-def first_tokens(server: LiveServer, count: int) -> dict[str, list[float]]:
-    """Milliseconds to the first token of `count` requests each way, in turn."""
+async def first_tokens(server: LiveServer, count: int) -> dict[str, list[float]]:
+    """Milliseconds to the first token of `count` requests each way, in turn.
+
+    Raw gRPC is asked as the gateway asks it, so that the difference is what the gateway adds and not another client library.
+    """
     generator = random.Random(1)
     found: dict[str, list[float]] = {"grpc": [], "gateway": []}
     connection = http.client.HTTPConnection("127.0.0.1", server.openai_port, timeout=60)
-    with Client(server.grpc_url) as client:
-        for _ in range(count):
-            request = body(generator, 4)
-            since_s = time.perf_counter()
-            responses = client.generate(
-                prompt_token_ids=request["prompt"],
-                params=GenerationParams(max_tokens=4, temperature=0, ignore_eos=True),
-            )
-            next(responses)
-            found["grpc"].append((time.perf_counter() - since_s) * 1e3)
-            assert sum(1 for _ in responses) >= 0
-            since_s = time.perf_counter()
-            connection.request("POST", "/v1/completions", json.dumps(request), {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            assert response.readline().startswith(b"data: {")
-            found["gateway"].append((time.perf_counter() - since_s) * 1e3)
-            assert response.read().endswith(b"data: [DONE]\n\n")
+    ensemble = Ensemble(server.grpc_url)
+    for _ in range(count):
+        request = body(generator, 4)
+        (call,) = plan_completion(CompletionRequest(**request), 1)
+        since_s = time.perf_counter()
+        pieces = ensemble.generate(call, "")
+        first = await anext(pieces)
+        found["grpc"].append((time.perf_counter() - since_s) * 1e3)
+        *_, last = [first, *[piece async for piece in pieces]]
+        assert last.response.num_output_tokens == 4
+        since_s = time.perf_counter()
+        connection.request("POST", "/v1/completions", json.dumps(request), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.readline().startswith(b"data: {")
+        found["gateway"].append((time.perf_counter() - since_s) * 1e3)
+        assert response.read().endswith(b"data: [DONE]\n\n")
     connection.close()
+    await ensemble.close()
     return found
 
 
@@ -117,8 +121,8 @@ def measure_all(streams: Sequence[int], seconds: float, num_first: int) -> dict[
         try:
             server.start().wait_until_ready()
             wait_until(lambda: is_ready(server), 30.0, server.log)
-            first_tokens(server, 20)  # warm
-            first = first_tokens(server, num_first)
+            asyncio.run(first_tokens(server, 20))  # warm
+            first = asyncio.run(first_tokens(server, num_first))
             cells = []
             for num_streams in streams:
                 grpc, gateway = [], []
