@@ -9,7 +9,8 @@ TORCH ?= torch==2.13.0
 serve: .venv/.ready  ## Set up, start tritonserver, load the models, stream a first answer (CHECKPOINT=, HTTP_PORT=, ...)
 	@exec .venv/bin/python -m backend.serve \
 	    $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(HTTP_PORT),--http-port '$(HTTP_PORT)') \
-	    $(if $(GRPC_PORT),--grpc-port '$(GRPC_PORT)') $(if $(METRICS_PORT),--metrics-port '$(METRICS_PORT)')
+	    $(if $(GRPC_PORT),--grpc-port '$(GRPC_PORT)') $(if $(METRICS_PORT),--metrics-port '$(METRICS_PORT)') \
+	    $(if $(OPENAI_PORT),--openai-port '$(OPENAI_PORT)') $(if $(MODEL_NAME),--model-name '$(MODEL_NAME)')
 
 # --- set-up, checks, tests -------------------------------------------------------------------------------------------
 
@@ -17,7 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: serve setup check test soak lock clean help
+.PHONY: serve setup check test soak test-fuzz test-lm-eval browser lock clean help
 
 # The server binary comes with a wheel unless an installed tritonserver is there.
 SERVER_LOCKS := requirements/server.txt $(if $(wildcard /opt/tritonserver/bin/tritonserver),,requirements/triton.txt)
@@ -29,6 +30,7 @@ BRIEFLY := 2>&1 | sed --unbuffered --regexp-extended \
     --expression '/^WARNING: Location .* is ignored: it is neither/d' \
     --expression '/^ +Downloading .*(kB|bytes)\)$$/d' --expression 's/^ +Downloading /    /' --expression 's/^Installing collected packages.*/    installing/'
 UV := uv==0.13.9
+LM_EVAL := lm_eval[api]==0.4.13
 
 setup: .venv/.ready-tests  ## Make .venv with everything, without running anything
 
@@ -38,11 +40,34 @@ check: .venv/.ready-tests  ## Formatting, lint, types and house rules
 	.venv/bin/mypy
 	.venv/bin/pytest tests/unit/test_house_rules.py
 
-test: .venv/.ready-tests  ## Every test that needs no GPU
+test: .venv/.ready-tests browser  ## Every test that needs no GPU
 	.venv/bin/pytest --durations=10 --durations-min=2
 
 soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, also with too few pages (about 5 minutes)
 	.venv/bin/python -m tests.triton.soak
+
+test-fuzz: .venv/.ready-tests  ## Ten minutes of requests drawn from the gateway's OpenAPI document
+	FUZZ_SECONDS=600 FUZZ_EXAMPLES=1000 .venv/bin/pytest -rP tests/gateway/test_fuzz.py
+
+# lm-eval wants NumPy 2.
+test-lm-eval: .venv/.ready-tests .venv-lm-eval/.ready  ## lm-eval through the gateway gives the scores that PyTorch gives directly
+	.venv/bin/python -m tests.gateway.lm_eval.compare .venv-lm-eval/bin/lm_eval
+
+.venv-lm-eval/.ready: | .venv/bin/python
+	@echo "set-up: .venv-lm-eval with $(LM_EVAL)"
+	@'$(PYTHON)' -m venv --clear .venv-lm-eval
+	@.venv-lm-eval/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off '$(LM_EVAL)'
+	@touch $@
+
+# The page is tested in Chromium, which is no Python package: installed where that is possible, else those tests are skipped.
+browser:
+	@has() { command -v "$$1" > /dev/null; }; \
+	if has chromedriver && { has chromium || has chromium-browser || has google-chrome; }; then exit 0; fi; \
+	if has apt-get && [ "$$(id -u)" = 0 ]; then \
+	    echo "set-up: chromium and chromium-driver"; \
+	    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends chromium chromium-driver; } > /dev/null 2>&1 && exit 0; \
+	fi; \
+	echo "set-up: no Chromium with chromedriver here: the tests of the page will be skipped"
 
 .venv/bin/python:
 	@command -v '$(PYTHON)' > /dev/null || { echo "make: no '$(PYTHON)' here: install Python 3.11 or 3.12, or name one, as in make PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -76,11 +101,11 @@ lock: | .venv/bin/python  ## Write requirements/*.txt anew from the pins in pypr
 	    echo "requirements/$$1.txt: $$(grep --count '==' "requirements/$$1.txt") packages"; \
 	}; \
 	compile tests --extra tests --extra triton --no-emit-package nvidia-pytriton $(if $(UPGRADE),--upgrade); \
-	for extra in client server triton; do compile "$$extra" --extra "$$extra" --constraint requirements/tests.txt; done
+	for extra in client gateway server triton; do compile "$$extra" --extra "$$extra" --constraint requirements/tests.txt; done
 
 clean:  ## Remove .venv and what the tools left behind
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-lm-eval .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile

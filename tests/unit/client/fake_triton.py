@@ -1,4 +1,5 @@
-"""A server that speaks Triton's two protocols and answers with a script: gRPC ModelStreamInfer, and generate_stream.
+"""A server that speaks Triton's two protocols and answers with a script: gRPC ModelStreamInfer and ModelInfer, and
+generate_stream.
 
 It plays what the real one does on the wire: the last response carries the final flag itself, an error may come at any
 place of a stream, a cancelled stream is noticed by the server, JSON shows a tensor of one element as a scalar.
@@ -20,7 +21,8 @@ import grpc  # type: ignore[import-untyped,unused-ignore]
 from tritonclient.grpc import service_pb2, service_pb2_grpc  # type: ignore[import-untyped,unused-ignore]
 
 _STRUCT_CODES = {"INT32": "i", "UINT64": "Q", "FP32": "f", "BOOL": "?"}
-_OUTPUT_DATATYPES = {"text_output": "BYTES", "finish_reason": "BYTES", "stop_reason": "BYTES"}  # all others INT32
+_TEXTS = ("text_output", "finish_reason", "stop_reason", "top_log_probs", "prompt_log_probs")
+_OUTPUT_DATATYPES = dict.fromkeys(_TEXTS, "BYTES")  # all others INT32
 _TICK_S = 0.01
 
 
@@ -34,9 +36,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class Failure:
-    """The request ends with this error."""
+    """The request ends with this error; with a status the call does."""
 
     message: str
+    status: grpc.StatusCode | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,15 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
     def ModelReady(self, request: Any, context: Any) -> Any:
         return service_pb2.ModelReadyResponse(ready=self._fake.ready and request.name == "ensemble")
 
+    def ModelInfer(self, request: Any, context: Any) -> Any:
+        """One request, one response: the first of the script."""
+        for step in self._fake.steps(_received(request), context.is_active):
+            if isinstance(step, Failure):
+                context.abort(step.status or grpc.StatusCode.INTERNAL, step.message)
+            if isinstance(step, Reply):
+                return _grpc_reply(step).infer_response
+        return context.abort(grpc.StatusCode.INTERNAL, "the script has no reply")
+
     def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
         ended = threading.Event()
         # grpc does not resume this generator once the client has gone, so the script alone might not see it.
@@ -140,21 +152,26 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
 
     def _responses(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
         for request in requests:
-            inputs = {
-                tensor.name: (tensor.datatype, tuple(tensor.shape), _unpack(tensor.datatype, raw))
-                for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True)
-            }
-            parameters = {name: value.bool_param for name, value in request.parameters.items()}
-            received = Received(request.model_name, request.id, inputs, parameters)
-            for step in self._fake.steps(received, context.is_active):
+            for step in self._fake.steps(_received(request), context.is_active):
                 if isinstance(step, Drop):
                     context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
                 if isinstance(step, EarlyEnd):
                     return
+                if isinstance(step, Failure) and step.status is not None:
+                    context.abort(step.status, step.message)
                 if isinstance(step, Failure):
                     yield service_pb2.ModelStreamInferResponse(error_message=step.message)
                 if isinstance(step, Reply):
                     yield _grpc_reply(step)
+
+
+def _received(request: Any) -> Received:
+    inputs = {
+        tensor.name: (tensor.datatype, tuple(tensor.shape), _unpack(tensor.datatype, raw))
+        for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True)
+    }
+    parameters = {name: value.bool_param for name, value in request.parameters.items()}
+    return Received(request.model_name, request.id, inputs, parameters)
 
 
 def _grpc_reply(reply: Reply) -> Any:
