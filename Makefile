@@ -17,7 +17,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: serve setup check test lock clean help
+.PHONY: serve setup check test tools helm-check lock clean help
 
 # The server binary comes with a wheel unless an installed tritonserver is there.
 SERVER_LOCKS := requirements/server.txt $(if $(wildcard /opt/tritonserver/bin/tritonserver),,requirements/triton.txt)
@@ -38,8 +38,14 @@ check: .venv/.ready-tests  ## Formatting, lint, types and house rules
 	.venv/bin/mypy
 	.venv/bin/pytest tests/unit/test_house_rules.py
 
-test: .venv/.ready-tests  ## Every test that needs no GPU
+test: .venv/.ready-tests tools  ## Every test that needs no GPU
 	.venv/bin/pytest --durations=10 --durations-min=2
+
+tools: .venv/.ready-tests  ## helm 3 and Prometheus for the tests of docker/, into .venv/tools
+	@tests/deploy/install_tools.sh
+
+helm-check: .venv/.ready-tests tools  ## The chart: lint, render by helm 3 and 4, validate for several versions of Kubernetes
+	.venv/bin/pytest tests/deploy/test_chart.py
 
 .venv/bin/python:
 	@command -v '$(PYTHON)' > /dev/null || { echo "make: no '$(PYTHON)' here: install Python 3.11 or 3.12, or name one, as in make PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -80,4 +86,4 @@ clean:  ## Remove .venv and what the tools left behind
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s%s\n", $$1, $$2 }' Makefile
