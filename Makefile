@@ -9,7 +9,8 @@ TORCH ?= torch==2.13.0
 serve: .venv/.ready  ## Set up, start tritonserver, load the models, stream a first answer (CHECKPOINT=, HTTP_PORT=, ...)
 	@exec .venv/bin/python -m backend.serve \
 	    $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(HTTP_PORT),--http-port '$(HTTP_PORT)') \
-	    $(if $(GRPC_PORT),--grpc-port '$(GRPC_PORT)') $(if $(METRICS_PORT),--metrics-port '$(METRICS_PORT)')
+	    $(if $(GRPC_PORT),--grpc-port '$(GRPC_PORT)') $(if $(METRICS_PORT),--metrics-port '$(METRICS_PORT)') \
+	    $(if $(OPENAI_PORT),--openai-port '$(OPENAI_PORT)') $(if $(MODEL_NAME),--model-name '$(MODEL_NAME)')
 
 # --- set-up, checks, tests -------------------------------------------------------------------------------------------
 
@@ -79,7 +80,7 @@ lock: | .venv/bin/python  ## Write requirements/*.txt anew from the pins in pypr
 	    echo "requirements/$$1.txt: $$(grep --count '==' "requirements/$$1.txt") packages"; \
 	}; \
 	compile tests --extra tests --extra triton --no-emit-package nvidia-pytriton $(if $(UPGRADE),--upgrade); \
-	for extra in client server triton; do compile "$$extra" --extra "$$extra" --constraint requirements/tests.txt; done
+	for extra in client gateway server triton; do compile "$$extra" --extra "$$extra" --constraint requirements/tests.txt; done
 
 clean:  ## Remove .venv and what the tools left behind
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -3,7 +3,8 @@
     check -> start tritonserver -> load the models -> ask one question -> watch -> drain -> end
 
 It alone loads and unloads models. When the engine dies, it unloads `mistral_nemo` (readiness says no) and loads it again; when
-a stub or the server itself dies, it starts the server anew. SIGTERM and Ctrl-C drain; a second one does not wait.
+a stub or the server itself dies, it starts the server anew. SIGTERM and Ctrl-C drain; a second one does not wait. The OpenAI
+gateway is started first, so that it can say that the models are loading, and drained first.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from backend.checkpoint.model_config import read_model_config
 from backend.errors import ConfigError, EngineFailure, NemoError
+from backend.gateway_process import GatewayProcess
 from backend.installation import PROJECT, check_machine, find_installation, find_libpython
 from backend.logs import start_logging
 from backend.server_process import STUBS, Ports, ServerProcess
@@ -31,6 +33,9 @@ log = logging.getLogger("nemo.serve")
 DEMO_CHECKPOINT = PROJECT / "tests" / "demo" / "checkpoint"
 DEMO_QUESTION = "What is Mistral NeMo?"
 _POLL_S = 0.2
+_OPENAI_HINT = """  openai:  OpenAI(base_url="{url}/v1", api_key="none").chat.completions.create(model="{model}", messages=[...])
+Page:      {url}/
+"""
 _MAX_RESTARTS_IN_A_ROW = 5
 _STEADY_AFTER_S = 60.0
 
@@ -46,6 +51,15 @@ class Supervisor:
         self._num_restarts = 0
         self._steady_since_s = 0.0
         self._server: ServerProcess
+        self._gateway: GatewayProcess | None = None
+        if arguments.openai_port:
+            self._gateway = GatewayProcess(
+                arguments.openai_port,
+                arguments.grpc_port,
+                arguments.metrics_port,
+                arguments.model_name,
+                arguments.grace_s,
+            )
         self._installation = find_installation()
         self._libpython = find_libpython()
 
@@ -55,6 +69,8 @@ class Supervisor:
             signal.signal(number, self._on_signal)
         started_s = time.monotonic()
         try:
+            if self._gateway is not None:
+                self._gateway.start()
             self._start()
             if not self._is_stopping:
                 log.info("ready in %.1f s", time.monotonic() - started_s)
@@ -67,6 +83,8 @@ class Supervisor:
             log.error("%s", error)
             return 1
         finally:
+            if self._gateway is not None:
+                self._gateway.kill()
             if hasattr(self, "_server"):
                 self._server.end()
         log.info("stopped")
@@ -100,6 +118,8 @@ class Supervisor:
         with ThreadPoolExecutor(len(models)) as pool:
             loads = [pool.submit(self._load, model) for model in models]
             while (waited := wait(loads, _POLL_S, FIRST_EXCEPTION)).not_done:
+                if self._gateway is not None:
+                    self._gateway.watch()
                 if self._is_stopping or any(load.exception() for load in waited.done):
                     self._server.kill()
                     break
@@ -117,6 +137,7 @@ class Supervisor:
     def _greet(self) -> None:
         """Ask the first question as any client would, then say how to ask more."""
         http, grpc = self._ports.http, self._ports.grpc
+        openai = f"http://127.0.0.1:{self._gateway.port}" if self._gateway is not None else ""
         if self._arguments.question:
             print(f"\n> {self._arguments.question}", flush=True)
             command = [sys.executable, "-m", "client", "--url", f"127.0.0.1:{grpc}", self._arguments.question]
@@ -134,7 +155,7 @@ Ask more:
   curl -N http://127.0.0.1:{http}/v2/models/ensemble/generate_stream -d '{body}'
   python:  from client import Client
            for response in Client("127.0.0.1:{grpc}").generate(prompt="..."): print(response.text, end="")
-Metrics:   http://127.0.0.1:{self._ports.metrics}/metrics
+{_OPENAI_HINT.format(url=openai, model=self._arguments.model_name) if openai else ""}Metrics:   http://127.0.0.1:{self._ports.metrics}/metrics
 Readiness: http://127.0.0.1:{http}/v2/models/ensemble/ready
 Ctrl-C stops after the running answers are finished.
 """,
@@ -143,6 +164,8 @@ Ctrl-C stops after the running answers are finished.
 
     def _watch(self) -> None:
         """Look once whether everything lives, and mend what does not; what could not be mended is seen the next time."""
+        if self._gateway is not None:
+            self._gateway.watch()
         if time.monotonic() - self._steady_since_s > _STEADY_AFTER_S:
             self._num_restarts = 0
         problem = self._server.death() or self._server.engine_failure()
@@ -176,12 +199,15 @@ Ctrl-C stops after the running answers are finished.
         return not self._is_stopping
 
     def _drain(self) -> None:
-        """Let running answers finish, within the grace period, or until a second signal."""
+        """Let running answers finish, within the grace period, or until a second signal; the gateway's before the server's."""
+        end_s = time.monotonic() + self._arguments.grace_s
+        if self._gateway is not None:
+            self._gateway.drain(lambda: self._num_stop_signals == 1)
         if self._server.exit_status is not None or not self._server.api.is_ready("mistral_nemo"):
             return
         log.info("draining: no new requests, %.0f s for the running ones", self._arguments.grace_s)
         try:
-            if not self._server.drain(self._arguments.grace_s, lambda: self._num_stop_signals == 1):
+            if not self._server.drain(max(0.0, end_s - time.monotonic()), lambda: self._num_stop_signals == 1):
                 log.warning("the grace period is over: what still ran was taken back")
         except OSError as error:
             log.error("the server stopped answering while draining: %s", error)
@@ -212,6 +238,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--metrics-port", type=int, default=8002)
+    parser.add_argument("--openai-port", type=int, default=9000, help="of the OpenAI gateway; 0: none")
+    parser.add_argument(
+        "--model-name",
+        default=os.environ.get("GATEWAY_MODEL_NAME") or "mistral-nemo",
+        help="what OpenAI clients call the model; several by commas",
+    )
     parser.add_argument("--grace-s", type=float, default=30.0, help="seconds a drain waits for running requests")
     parser.add_argument("--question", default=DEMO_QUESTION, help="asked once at the start; empty: none")
     return parser.parse_args(arguments)
@@ -228,13 +260,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = Settings.load(parameters, os.environ | {"NEMO_CHECKPOINT": str(chosen.resolve())})
         start_logging(settings.log_level)
         read_model_config(Path(settings.checkpoint))
-        check_ports(
-            {
-                "HTTP_PORT": arguments.http_port,
-                "GRPC_PORT": arguments.grpc_port,
-                "METRICS_PORT": arguments.metrics_port,
-            }
-        )
+        ports = {
+            "HTTP_PORT": arguments.http_port,
+            "GRPC_PORT": arguments.grpc_port,
+            "METRICS_PORT": arguments.metrics_port,
+            "OPENAI_PORT": arguments.openai_port,
+        }
+        check_ports({name: port for name, port in ports.items() if name != "OPENAI_PORT" or port})
         supervisor = Supervisor(arguments, settings)
     except ConfigError as error:
         log.error("%s", error)

@@ -1,9 +1,10 @@
 """Log-probabilities as tensors: floats for the tokens that were drawn, JSON for the alternatives and for the prompt.
 
-A JSON entry stands for one place in the text; `bytes` is what the id means, as numbers, because an id need not be whole
-characters:
+A JSON entry stands for one place in the text, the id that stands there and the most likely ones; `bytes` is what an id
+means, as numbers, because an id need not be whole characters:
 
-    {"log_prob": -0.1, "rank": 1, "top": [{"id": 1234, "log_prob": -0.1, "rank": 1, "bytes": [72, 105]}, ...]}
+    {"id": 1234, "log_prob": -0.1, "rank": 1, "bytes": [72, 105],
+     "top": [{"id": 1234, "log_prob": -0.1, "rank": 1, "bytes": [72, 105]}, ...]}
 """
 
 from __future__ import annotations
@@ -30,44 +31,55 @@ class Alternative(msgspec.Struct):
 class Place(msgspec.Struct):
     """One place in the text."""
 
+    id: int
     log_prob: float
     rank: int
     top: list[Alternative]
+    bytes: list[int] | None = None
 
 
 _places = msgspec.json.Decoder(list[Place | None])
 
 
-def drawn_tensors(log_probs: Sequence[TokenLogProbs], cumulated: float, *, has_alternatives: bool) -> list[Any]:
-    """`output_log_probs` [1, 1, n] and `cum_log_probs` [1, 1] FP32 of the ids of one response, `top_log_probs` if asked for."""
+def drawn_tensors(
+    token_ids: Sequence[int], log_probs: Sequence[TokenLogProbs], cumulated: float, *, has_alternatives: bool
+) -> list[Any]:
+    """`output_log_probs` [1, 1, n] and `cum_log_probs` [1, 1] FP32 of the ids of one response, `top_log_probs` if asked for.
+
+    Of `token_ids` only the last n were drawn, behind those of an echoed prompt.
+    """
     values = np.array([[[each.log_prob for each in log_probs]]], dtype=np.float32)
     made = [
         tensors.array_tensor("output_log_probs", values),
         tensors.array_tensor("cum_log_probs", np.array([[cumulated]], dtype=np.float32)),
     ]
     if has_alternatives:
-        made.append(tensors.text_tensor("top_log_probs", _encode([_place(each) for each in log_probs])))
+        drawn = token_ids[len(token_ids) - len(log_probs) :]
+        made.append(tensors.text_tensor("top_log_probs", _encode(list(map(_place, drawn, log_probs)))))
     return made
 
 
-def prompt_tensor(log_probs: Sequence[TokenLogProbs]) -> Any:
+def prompt_tensor(token_ids: Sequence[int], log_probs: Sequence[TokenLogProbs]) -> Any:
     """`prompt_log_probs`: an entry for each prompt token; the first has none, since nothing stands before it."""
-    return tensors.text_tensor("prompt_log_probs", _encode([None, *(_place(each) for each in log_probs)]))
+    return tensors.text_tensor("prompt_log_probs", _encode([None, *map(_place, token_ids[1:], log_probs)]))
 
 
 def with_bytes(encoded: bytes, token_bytes: Sequence[bytes]) -> str:
     """JSON of places with the bytes of every id filled in."""
     places = _places.decode(encoded)
     for place in places:
-        for alternative in place.top if place is not None else ():
+        if place is None:
+            continue
+        place.bytes = list(token_bytes[place.id])
+        for alternative in place.top:
             alternative.bytes = list(token_bytes[alternative.id])
     return _encode(places)
 
 
-def _place(log_probs: TokenLogProbs) -> Place:
+def _place(token_id: int, log_probs: TokenLogProbs) -> Place:
     pairs = zip(log_probs.top_ids, log_probs.top_log_probs, strict=True)
     top = [Alternative(token_id, log_prob, rank) for rank, (token_id, log_prob) in enumerate(pairs, 1)]
-    return Place(log_probs.log_prob, log_probs.rank, top)
+    return Place(token_id, log_probs.log_prob, log_probs.rank, top)
 
 
 def _encode(places: Sequence[Place | None]) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from backend.checkpoint.vocabulary import read_vocabulary
+from backend.errors import RequestError
 from backend.logs import start_logging
 from backend.settings import Settings, read_model_parameters
 from backend.text.detokenizer import cut_text
@@ -22,13 +23,17 @@ from backend.triton_adapter import tensors
 from backend.triton_adapter.log_probs import with_bytes
 from backend.triton_adapter.presence import announce, end_with_server
 from backend.triton_adapter.stream_chunk import StreamChunk
+from backend.triton_adapter.tensors import Inputs
 
 log = logging.getLogger("nemo.postprocessing")
 _NUM_REMEMBERED_ABORTS = 4096
 
 
 class Postprocessing:
-    """Chunks -> `text_output` and `token_ids`; everything else the engine says of an ending is passed on as it is."""
+    """Chunks -> `text_output` and `token_ids`; everything else the engine says of an ending is passed on as it is.
+
+    Called by hand with `token_ids` it gives their text.
+    """
 
     def __init__(self, repository: Path) -> None:
         settings = Settings.load(read_model_parameters(repository / "mistral_nemo" / "config.pbtxt"))
@@ -44,6 +49,8 @@ class Postprocessing:
             sender = request.get_response_sender()
             try:
                 answer = self._answer(request)
+            except RequestError as error:
+                answer = tensors.error_response(error)
             except Exception as error:  # a bug of ours must fail this request alone
                 log.exception("request %r failed", request.request_id())
                 answer = tensors.error_response(error)
@@ -54,6 +61,10 @@ class Postprocessing:
 
     def _answer(self, request: Any) -> Any:
         inputs = {tensor.name(): tensor for tensor in request.inputs()}
+        if ("token_ids" in inputs) == ("stream_chunk" in inputs):
+            raise RequestError("token_ids", "exactly one of token_ids and stream_chunk must be given")
+        if "token_ids" in inputs:
+            return tensors.response([tensors.text_tensor("text_output", self._text(Inputs(request)))])
         chunk = StreamChunk.unpack(inputs.pop("stream_chunk").as_numpy())
         if request.is_cancelled():
             self._abort(chunk.handle, request.request_id())
@@ -66,6 +77,16 @@ class Postprocessing:
             outputs.append(tensors.int_tensor("sequence_index", [chunk.sequence_index]))
         outputs += [self._passed_on(name, tensor.as_numpy()) for name, tensor in inputs.items()]
         return tensors.response(outputs)
+
+    def _text(self, inputs: Inputs) -> str:
+        """The text of ids that a client gave."""
+        token_ids = inputs.numbers("token_ids") or []
+        for index, token_id in enumerate(token_ids):
+            if not 0 <= token_id < len(self._token_bytes):
+                bound = len(self._token_bytes) - 1
+                raise RequestError("token_ids", f"ids must be in [0, {bound}], got {token_id} at index {index}")
+        num_bytes = sum(len(self._token_bytes[token_id]) for token_id in token_ids)
+        return cut_text(self._token_bytes, token_ids, 0, num_bytes)
 
     def _passed_on(self, name: str, values: Any) -> Any:
         """A tensor of the engine as it is; alternatives get the bytes of their ids."""

@@ -65,9 +65,11 @@ class Stream:
                 each.log_prob for each in pending.log_probs
             )
             self._cumulated[pending.sequence_index] = cumulated
-            made += drawn_tensors(pending.log_probs, cumulated, has_alternatives=bool(self.request.num_logprobs))
+            made += drawn_tensors(
+                pending.token_ids, pending.log_probs, cumulated, has_alternatives=bool(self.request.num_logprobs)
+            )
         if pending.finish is not None and self.request.num_prompt_logprobs is not None and pending.sequence_index == 0:
-            made.append(prompt_tensor(pending.finish.prompt_log_probs))
+            made.append(prompt_tensor(self.request.prompt_token_ids, pending.finish.prompt_log_probs))
         return [tensor for tensor in made if tensor.name() in self.requested_outputs]
 
     def beat(self) -> Any:

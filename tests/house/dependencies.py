@@ -10,12 +10,13 @@ from importlib.metadata import packages_distributions
 from tests.house.imports import read_imports
 from tests.house.tree import Tree, Violation
 
-# Which extra's packages each folder may import.
+# Which extra's packages each folder may import; the longest that a file is in counts.
 _EXTRA_OF = {
     "backend": "server",
     "model_repository": "server",
     "kernels": "server",
     "client": "client",
+    "client/gateway": "gateway",
     "tests": "tests",
 }
 # Given by Triton's stub, not by a package.
@@ -31,8 +32,8 @@ def undeclared_imports(tree: Tree) -> list[Violation]:
     distributions = packages_distributions()
     violations = []
     for path, imports in read_imports(tree).items():
-        folder = path.split("/")[0]
-        extra = _EXTRA_OF.get(folder, "tests")
+        folders = [folder for folder in _EXTRA_OF if path.startswith(f"{folder}/")]
+        extra = _EXTRA_OF[max(folders, key=len)] if folders else "tests"
         for found in imports:
             top = found.module.split(".")[0]
             if top in sys.stdlib_module_names or top in _EXTRA_OF or top in _GIVEN:

@@ -125,6 +125,12 @@ DIRECTIONS = (
         remedy="the client knows the server by its protocol only",
     ),
     Direction(
+        importers=("client/*",),
+        but=("client/gateway/*",),
+        never=("client.gateway", "fastapi", "pydantic", "orjson"),
+        remedy="the library needs tritonclient alone: what serves HTTP belongs to the gateway",
+    ),
+    Direction(
         importers=("*",),
         but=("tests/*",),
         never=("transformers", "tokenizers", "tests"),

@@ -78,9 +78,16 @@ def start_server(checkpoint: Path, tmp_path: Path, request: pytest.FixtureReques
     started: list[LiveServer] = []
 
     def start(
-        *, is_ready: bool = True, in_terminal: bool = False, grace_s: float = 30.0, **settings: str
+        *,
+        is_ready: bool = True,
+        in_terminal: bool = False,
+        grace_s: float = 30.0,
+        has_gateway: bool = False,
+        **settings: str,
     ) -> LiveServer:
-        server = LiveServer(checkpoint, tmp_path / f"server-{len(started)}", grace_s=grace_s, **settings)
+        server = LiveServer(
+            checkpoint, tmp_path / f"server-{len(started)}", grace_s=grace_s, has_gateway=has_gateway, **settings
+        )
         started.append(server)
         request.config.stash[_LOGGED].append(server)
         server.start(in_terminal=in_terminal)

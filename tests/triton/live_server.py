@@ -34,11 +34,14 @@ _TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(s
 class LiveServer:
     """One supervisor and everything below it. `start` returns at once; `wait_until_ready` when it serves."""
 
-    def __init__(self, checkpoint: Path, folder: Path, *, grace_s: float = 30.0, **settings: str) -> None:
+    def __init__(
+        self, checkpoint: Path, folder: Path, *, grace_s: float = 30.0, has_gateway: bool = False, **settings: str
+    ) -> None:
         folder.mkdir(parents=True)
         self.folder = folder
         self.log_path = folder / "log.txt"
-        self.http_port, self.grpc_port, self.metrics_port = free_ports(3)
+        self.http_port, self.grpc_port, self.metrics_port, openai_port = free_ports(4)
+        self.openai_port = openai_port if has_gateway else 0
         self.grpc_url = f"127.0.0.1:{self.grpc_port}"
         self.http_url = f"127.0.0.1:{self.http_port}"
         self._temporary = folder / "temporary"
@@ -47,7 +50,8 @@ class LiveServer:
         self._mark = uuid.uuid4().hex
         self._command = serve_command(
             "--checkpoint", str(checkpoint), "--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port),
-            "--metrics-port", str(self.metrics_port), "--grace-s", str(grace_s), "--question", "",
+            "--metrics-port", str(self.metrics_port), "--openai-port", str(self.openai_port),
+            "--grace-s", str(grace_s), "--question", "",
         )  # fmt: skip
         # One thread: two on two cores that others use too wait for each other and are many times slower.
         variables = {"NEMO_NUM_THREADS": "1"} | {f"NEMO_{name.upper()}": value for name, value in settings.items()}
