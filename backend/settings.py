@@ -81,6 +81,7 @@ class Settings:
         "tokens that one response of a stream carries at most, for clients that count responses; 0: all that have come since the "
         "last, which is many times faster under load",
     )
+    log_format: str = _setting("text", "lines of text, or one JSON object a line", choices=("text", "json"))
     log_level: str = _setting("info", "least severe lines in the log", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:

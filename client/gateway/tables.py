@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from client.gateway.chat_request import ChatRequest
 from client.gateway.completion_request import CompletionRequest
 from client.gateway.settings import settings_table
@@ -13,7 +15,7 @@ README = Path(__file__).with_name("README.md")
 
 def fields_table() -> str:
     """Every field of the two requests, which of them has it, and what it means."""
-    kinds = {"chat": ChatRequest, "completions": CompletionRequest}
+    kinds: dict[str, type[BaseModel]] = {"chat": ChatRequest, "completions": CompletionRequest}
     names = dict.fromkeys(name for kind in kinds.values() for name in kind.model_fields)
     lines = ["| field | chat | completions | meaning |", "|---|---|---|---|"]
     for name in sorted(names):

@@ -10,6 +10,7 @@ import helm_python
 import pytest
 import yaml
 
+from backend.container.environment import read_environment
 from backend.settings import Settings
 from tests.deploy.helm import (
     CHART,
@@ -50,12 +51,11 @@ VALUES: dict[str, Values] = {
         "model": {"hfTokenSecret": "hf", "servedName": "nemo", "maxModelLen": 32768},
         "imagePullSecrets": [{"name": "r"}],
     },
-    "tls": {
-        "tls": {
-            "grpc": {"enabled": True, "secretName": "grpc-tls", "clientCaKey": "ca.crt"},
-            "openai": {"enabled": True, "secretName": "openai-tls"},
-        }
+    "tls for gRPC": {
+        "openai": {"enabled": False},
+        "tls": {"grpc": {"enabled": True, "secretName": "grpc-tls", "clientCaKey": "ca.crt"}},
     },
+    "tls for the gateway": {"tls": {"openai": {"enabled": True, "secretName": "openai-tls"}}},
     "no gateway": {"openai": {"enabled": False}},
     "hpa": {"autoscaling": {"enabled": True, "minReplicas": 2, "maxReplicas": 6}},
     "hpa without KV": {"autoscaling": {"enabled": True, "targetKvUsage": 0}},
@@ -133,7 +133,11 @@ REFUSED: list[tuple[Values, str]] = [
     ({"keda": {"minReplicas": 9}}, "keda.minReplicas: must be at most maxReplicas = 4, got 9"),
     ({"persistence": {"accessMode": "ReadWriteOncePod"}, "replicaCount": 2}, "ReadWriteOncePod serves one pod"),
     ({"updateStrategy": {"maxSurge": 0}}, "must not both be 0"),
-    ({"tls": {"grpc": {"enabled": True}}}, "tls.grpc.secretName: must name a Secret"),
+    ({"tls": {"grpc": {"enabled": True}}, "openai": {"enabled": False}}, "tls.grpc.secretName: must name a Secret"),
+    (
+        {"tls": {"grpc": {"enabled": True, "secretName": "x"}}},
+        "tls.grpc.enabled: the OpenAI gateway speaks gRPC without TLS",
+    ),
     ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs: must name a Gateway"),
     ({"openai": {"enabled": False}, "httpRoute": ROUTE}, "httpRoute.enabled: leads to the OpenAI gateway"),
     ({"openai": {"enabled": False}, "ingress": {"enabled": True}}, "a path leads to port openai"),
@@ -233,6 +237,7 @@ def test_schema_names_every_value() -> None:
 def test_settings_are_accepted_by_the_server(name: str) -> None:
     """What the chart passes as NEMO_* are settings that exist, with values in range."""
     variables = environment(server_container(render(MATRIX[name])))
+    read_environment(variables)
     own = {key: value for key, value in variables.items() if key.startswith("NEMO_")}
     assert len(own) == len(MATRIX[name].get("settings", {}))
     Settings.load({}, own | {"NEMO_CHECKPOINT": "/models/x"})
@@ -246,7 +251,7 @@ def test_probes_ask_ports_and_paths_that_exist(name: str) -> None:
     assert {ports["http"], ports["grpc"], ports["metrics"]} == {
         int(variables[key]) for key in ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
     }
-    assert ports.get("openai") == (int(variables["NIM_SERVER_PORT"]) if "NIM_SERVER_PORT" in variables else None)
+    assert ports.get("openai", 0) == int(variables["NIM_SERVER_PORT"])
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         if probe in container:
             assert container[probe]["httpGet"]["port"] == "http"
@@ -265,7 +270,7 @@ def test_the_grace_period_holds_delay_drain_and_margin(name: str) -> None:
 
 def test_no_secret_is_in_the_objects() -> None:
     """Tokens come by reference: there is no value that would take one."""
-    manifests = render(MATRIX["secrets"] | MATRIX["tls"])
+    manifests = render(MATRIX["secrets"] | MATRIX["tls for the gateway"])
     (download,) = one(manifests, "Deployment")["spec"]["template"]["spec"]["initContainers"]
     (token,) = [each for each in download["env"] if each["name"] == "HF_TOKEN"]
     assert token == {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "HF_TOKEN"}}}

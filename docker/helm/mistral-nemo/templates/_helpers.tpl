@@ -93,6 +93,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- fail (printf "tls.%s.secretName: must name a Secret of type kubernetes.io/tls when tls.%s.enabled" $name $name) -}}
 {{- end -}}
 {{- end -}}
+{{- if and .Values.tls.grpc.enabled .Values.openai.enabled -}}
+{{- fail "tls.grpc.enabled: the OpenAI gateway speaks gRPC without TLS to the server beside it; set openai.enabled = false" -}}
+{{- end -}}
 {{- range $name := list "httpRoute" "grpcRoute" -}}
 {{- $route := get $.Values $name -}}
 {{- if and $route.enabled (not $route.parentRefs) -}}

@@ -84,12 +84,13 @@ spec:
         - {name: GRPC_PORT, value: {{ .Values.service.grpcPort | quote }}}
         - {name: METRICS_PORT, value: {{ .Values.service.metricsPort | quote }}}
         - {name: GRACE_S, value: {{ .Values.drain.graceSeconds | quote }}}
+        {{- if .Values.gpu.count }}
+        - {name: REQUIRE_GPU, value: "1"}
+        {{- end }}
         {{- if include "nemo.isHub" . }}
         - {name: HF_HUB_OFFLINE, value: "1"}
         {{- end }}
-        {{- if .Values.openai.enabled }}
-        - {name: NIM_SERVER_PORT, value: {{ .Values.openai.port | quote }}}
-        {{- end }}
+        - {name: NIM_SERVER_PORT, value: {{ ternary (toString .Values.openai.port) "0" .Values.openai.enabled | quote }}}
         {{- with .Values.model.servedName }}
         - {name: NIM_SERVED_MODEL_NAME, value: {{ . | quote }}}
         {{- end }}
