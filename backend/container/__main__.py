@@ -1,4 +1,4 @@
-"""The commands of the container: `python -m backend.container serve | check | plan | download | bench | ask`."""
+"""The commands of the container: `python -m backend.container serve | check | plan | download | bench | ask | health`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from backend.errors import ConfigError
 from backend.installation import PROJECT
 from backend.logs import start_logging
 from backend.serve import DEMO_CHECKPOINT
+from backend.serve import parse_arguments as serve_arguments
+from backend.server_api import ServerApi
 from backend.settings import Settings, read_model_parameters
 
 log = logging.getLogger("nemo.container")
@@ -83,6 +85,12 @@ def ask(container: ContainerEnvironment, arguments: list[str]) -> int:
     return _become("client", arguments)
 
 
+def health(container: ContainerEnvironment, arguments: list[str]) -> int:
+    """Whether the server on this machine is ready: the image's HEALTHCHECK."""
+    port = serve_arguments([*container.options, *arguments]).http_port
+    return 0 if ServerApi(port, 0, "").is_ready("ensemble") else 1
+
+
 COMMANDS: dict[str, Callable[[ContainerEnvironment, list[str]], int]] = {
     "serve": serve,
     "check": check,
@@ -90,6 +98,7 @@ COMMANDS: dict[str, Callable[[ContainerEnvironment, list[str]], int]] = {
     "download": download,
     "bench": bench,
     "ask": ask,
+    "health": health,
 }
 
 

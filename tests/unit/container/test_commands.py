@@ -21,7 +21,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 def test_unknown_command() -> None:
     done = run("train")
     assert done.returncode == 2
-    assert "no such command: train; there are: serve, check, plan, download, bench, ask" in done.stderr
+    assert "no such command: train; there are: serve, check, plan, download, bench, ask, health" in done.stderr
 
 
 def test_plan_answers_for_the_model_without_a_gpu() -> None:

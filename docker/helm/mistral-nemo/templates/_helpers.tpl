@@ -125,3 +125,18 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- fail "service.httpPort, service.grpcPort, service.metricsPort, openai.port: must differ" -}}
 {{- end -}}
 {{- end -}}
+
+{{- /* The gateway's own metrics; its page has the engine's, too, which are read from the server already. */ -}}
+{{- define "nemo.gatewayEndpoint" -}}
+{{- if .root.Values.openai.enabled -}}
+- port: openai
+  path: /v1/metrics
+  interval: {{ .interval }}
+  {{- if .root.Values.tls.openai.enabled }}
+  scheme: https
+  tlsConfig: {insecureSkipVerify: true}  # the certificate is for the name clients use, and Prometheus comes by address
+  {{- end }}
+  metricRelabelings:
+    - {sourceLabels: [__name__], regex: nemo_gateway_.*, action: keep}
+{{- end -}}
+{{- end -}}
