@@ -20,10 +20,10 @@ def component(distribution: Distribution) -> dict[str, Any]:
         "version": distribution.version,
         "purl": f"pkg:pypi/{name}@{distribution.version}",
     }
-    expression = metadata.get("License-Expression")
-    if expression:
-        made["licenses"] = [{"expression": expression}]
-    elif (stated := (metadata.get("License") or "").strip()) and "\n" not in stated and len(stated) < 100:
+    stated = (metadata["License"] or "").strip() if "License" in metadata else ""
+    if "License-Expression" in metadata:
+        made["licenses"] = [{"expression": metadata["License-Expression"]}]
+    elif stated and "\n" not in stated and len(stated) < 100:
         made["licenses"] = [{"license": {"name": stated}}]
     return made
 
