@@ -18,7 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: serve setup check test tools helm-check observability-check drain-check image-check audit lock clean help
+.PHONY: serve setup check test tools helm-check observability-check drain-check image-check audit soak lock clean help
 
 # The server binary comes with a wheel unless an installed tritonserver is there.
 SERVER_LOCKS := requirements/server.txt $(if $(wildcard /opt/tritonserver/bin/tritonserver),,requirements/triton.txt)
@@ -61,6 +61,9 @@ audit: .venv/.ready-tests  ## Known vulnerabilities of the locked packages; asks
 
 helm-check: .venv/.ready-tests tools  ## The chart: lint, render by helm 3 and 4, validate for several versions of Kubernetes
 	.venv/bin/pytest tests/deploy/test_chart.py
+
+soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, also with too few pages (about 5 minutes)
+	.venv/bin/python -m tests.triton.soak
 
 .venv/bin/python:
 	@command -v '$(PYTHON)' > /dev/null || { echo "make: no '$(PYTHON)' here: install Python 3.11 or 3.12, or name one, as in make PYTHON=/path/to/python3.11" >&2; exit 1; }

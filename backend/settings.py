@@ -40,9 +40,21 @@ class Settings:
         choices=("auto", "torch", "fake"),
     )
     weight_dtype: str = _setting(
-        "auto", "weights in memory; `auto`: fp32 on the CPU, bf16 on a GPU", choices=("auto", "fp32", "bf16")
+        "auto",
+        "weights of the linear layers; `auto`: fp8 if the checkpoint's are, else fp32 on the CPU and bf16 on a GPU; "
+        "`fp8` quantises others while loading",
+        choices=("auto", "fp32", "bf16", "fp8"),
     )
-    kv_dtype: str = _setting("auto", "KV pages; `auto`: as the weights", choices=("auto", "fp32", "bf16"))
+    head_dtype: str = _setting(
+        "auto",
+        "output head; `auto`: fp8 if the checkpoint's is, else as the embedding, which is never fp8",
+        choices=("auto", "fp32", "bf16", "fp8"),
+    )
+    kv_dtype: str = _setting(
+        "auto",
+        "KV pages; `auto`: fp8 if the checkpoint has scales for them, else as the embedding",
+        choices=("auto", "fp32", "bf16", "fp8"),
+    )
     max_model_len: int = _setting(
         131072, "most tokens of prompt and output together; lowered at start-up to what the KV pages hold", low=16
     )
@@ -80,6 +92,11 @@ class Settings:
         0,
         "tokens that one response of a stream carries at most, for clients that count responses; 0: all that have come since the "
         "last, which is many times faster under load",
+    )
+    recording: str = _setting(
+        "",
+        "folder in which each engine process writes down what it was asked and what it planned, for "
+        "`python -m backend.engine.recording`; the files hold prompts and outputs; empty: none",
     )
     log_format: str = _setting("text", "lines of text, or one JSON object a line", choices=("text", "json"))
     log_level: str = _setting("info", "least severe lines in the log", choices=("debug", "info", "warning", "error"))

@@ -40,7 +40,7 @@ class PageCopy(msgspec.Struct, frozen=True):
     is_to_host: bool
 
 
-class PlanRow(msgspec.Struct, frozen=True, gc=False):
+class PlanRow(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """The tokens of one sequence that run in this step: `num_tokens` of them from position `start`.
 
     A prefill row carries its ids in `token_ids` (length `num_tokens`); a decode row has none and `num_tokens` 1: its id is

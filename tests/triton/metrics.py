@@ -20,7 +20,7 @@ def wait_for_metric(server: LiveServer, name: str, least: float, timeout_s: floa
     wait_until(lambda: read_metrics(server)[name] >= least, timeout_s, lambda: f"{name}: {read_metrics(server)[name]}")
 
 
-def wait_until_idle(server: LiveServer, timeout_s: float = 10.0) -> None:
+def wait_until_idle(server: LiveServer, timeout_s: float = 30.0) -> None:
     """Nothing runs, nothing waits, and every page is back in the pool."""
 
     def busy() -> dict[str, float]:

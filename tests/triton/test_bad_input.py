@@ -176,7 +176,7 @@ def test_refused_over_grpc(server: LiveServer, request_inputs: dict[str, Any], p
     with grpc_stream(server) as stream:
         stream.send(**request_inputs)
         with pytest.raises(InferenceServerException) as refused:
-            stream.next(timeout_s=10)
+            stream.next(timeout_s=60)
         assert stream.is_silent(0.02)
     assert refused.value.message().startswith(f"in ensemble 'ensemble', {problem}")
 
@@ -184,7 +184,7 @@ def test_refused_over_grpc(server: LiveServer, request_inputs: dict[str, Any], p
 @pytest.mark.parametrize(("request_inputs", "problem"), REFUSED, ids=names(REFUSED))
 @pytest.mark.parametrize("path", ["generate", "generate_stream"])
 def test_refused_over_http(server: LiveServer, path: str, request_inputs: dict[str, Any], problem: str) -> None:
-    status, content = post(server, f"ensemble/{path}", request_inputs, timeout_s=10)
+    status, content = post(server, f"ensemble/{path}", request_inputs, timeout_s=60)
     assert status == 400, content
     assert json.loads(content.removeprefix(b"data: "))["error"].startswith(f"in ensemble 'ensemble', {problem}")
 
@@ -201,7 +201,7 @@ def test_refused_by_the_engine_called_directly(
 
 @pytest.mark.parametrize(("body", "status", "problem"), REFUSED_BY_TRITON, ids=names(REFUSED_BY_TRITON))
 def test_refused_by_triton_over_http(server: LiveServer, body: Any, status: int, problem: str) -> None:
-    answered, content = post(server, "ensemble/generate", body, timeout_s=10)
+    answered, content = post(server, "ensemble/generate", body, timeout_s=60)
     assert answered == status
     assert problem in json.loads(content)["error"]
 
@@ -233,7 +233,7 @@ def test_tensors_of_another_kind_are_refused(
     with grpc_stream(server) as stream:
         stream.send(inputs=[*prompt, tensor(name, datatype, values, shape)])
         with pytest.raises(InferenceServerException, match=problem) as refused:
-            stream.next(timeout_s=10)
+            stream.next(timeout_s=60)
     assert name in refused.value.message() or problem.startswith("batch size")
 
 
@@ -245,7 +245,7 @@ def test_bytes_that_are_not_utf8_are_refused(server: LiveServer, name: str) -> N
         with pytest.raises(
             InferenceServerException, match=f"{name}: string 0 is not UTF-8: invalid start byte at byte 2"
         ):
-            stream.next(timeout_s=10)
+            stream.next(timeout_s=60)
 
 
 @pytest.mark.parametrize("key", ["max_token", "sequence_id", "model", "abort_handle", "timeout"])
@@ -261,18 +261,18 @@ def test_unknown_keys_are_refused(server: LiveServer, key: str) -> None:
     with grpc_stream(server) as stream:
         stream.send(**TEXT, parameters={key: 5})
         with pytest.raises(InferenceServerException) as refused:
-            stream.next(timeout_s=10)
+            stream.next(timeout_s=60)
     assert refused.value.message().startswith(problem)
 
 
 def test_abort_handle_of_nothing_does_nothing(server: LiveServer) -> None:
     with grpc_stream(server) as stream:
         stream.send("mistral_nemo", abort_handle=12345)
-        (reply,) = stream.until_final(10)
+        (reply,) = stream.until_final()
     assert not reply.tensors
 
 
 def test_refusals_are_counted(idle_server: LiveServer) -> None:
     before = read_metrics(idle_server)["request_failure_total"]
     assert post(idle_server, "ensemble/generate", TEXT | {"max_tokens": 0})[0] == 400
-    wait_for_metric(idle_server, "request_failure_total", before + 1, timeout_s=2)
+    wait_for_metric(idle_server, "request_failure_total", before + 1)

@@ -28,7 +28,7 @@ from tests.triton.live_server import LiveServer, wait_until
 from tests.triton.metrics import read_metrics, wait_for_metric, wait_until_idle
 
 LONG: dict[str, Any] = {"prompt_token_ids": [1, 1500], "max_tokens": 4000}
-WAITS_FOR_IDLE_S = 3.0
+WAITS_FOR_IDLE_S = 20.0
 CANCELLED = 'request_finish_total{finished_reason="cancelled"}'
 FAILED = "request_failure_total"
 LENGTH = 'request_finish_total{finished_reason="length"}'
@@ -40,7 +40,7 @@ def taken_back(server: LiveServer, counter: str) -> Iterator[None]:
     before = read_metrics(server)
     yield
     wait_until_idle(server, WAITS_FOR_IDLE_S)
-    wait_for_metric(server, counter, before[counter] + 1, timeout_s=2)
+    wait_for_metric(server, counter, before[counter] + 1, timeout_s=WAITS_FOR_IDLE_S)
     assert read_metrics(server)[LENGTH] == before[LENGTH]
 
 
@@ -101,8 +101,8 @@ def test_cancelled_while_it_waits(idle_server: LiveServer, model: str) -> None:
             call.send(model, **LONG, stream=True)
             wait_for_metric(idle_server, "num_requests_waiting", 1)
             call.cancel()
-        wait_for_metric(idle_server, FAILED, before[FAILED] + 1, timeout_s=3)
-        wait_until(lambda: read_metrics(idle_server)["num_requests_waiting"] == 0, 2.0, "it still waits")
+        wait_for_metric(idle_server, FAILED, before[FAILED] + 1, timeout_s=WAITS_FOR_IDLE_S)
+        wait_until(lambda: read_metrics(idle_server)["num_requests_waiting"] == 0, WAITS_FOR_IDLE_S, "it still waits")
         assert read_metrics(idle_server)["num_requests_running"] == 65_536 // 4096
 
 
@@ -133,6 +133,14 @@ def test_client_package_cancels_when_its_generator_is_closed(idle_server: LiveSe
         responses.close()
 
 
+def test_client_package_stops_what_another_client_runs(idle_server: LiveServer) -> None:
+    with taken_back(idle_server, CANCELLED), grpc_stream(idle_server) as other, Client(idle_server.grpc_url) as client:
+        other.send("ensemble", "mine", **LONG, stream=True)
+        other.next()
+        client.stop("mine")
+        assert [reply.values("finish_reason") for reply in other.until_final()][-1] == ["cancelled"]
+
+
 @pytest.mark.parametrize("model", ["ensemble", "mistral_nemo"])
 def test_stop_by_request_id(idle_server: LiveServer, model: str) -> None:
     with grpc_stream(idle_server) as stays, grpc_stream(idle_server) as first, grpc_stream(idle_server) as second:
@@ -144,10 +152,12 @@ def test_stop_by_request_id(idle_server: LiveServer, model: str) -> None:
         begun = first.next()
         (answer,) = ask(idle_server, model, "mine", stop=True).replies
         assert answer.value("finish_reason") == "cancelled"
-        assert Answer((begun, *first.until_final(2.0))).finish_reason() == "cancelled"
-        assert Answer(tuple(second.until_final(2.0))).finish_reason() == "cancelled"
+        assert Answer((begun, *first.until_final())).finish_reason() == "cancelled"
+        assert Answer(tuple(second.until_final())).finish_reason() == "cancelled"
         stays.next()
-        wait_until(lambda: read_metrics(idle_server)["num_requests_running"] == 1, 2.0, "both are still running")
+        wait_until(
+            lambda: read_metrics(idle_server)["num_requests_running"] == 1, WAITS_FOR_IDLE_S, "both are still running"
+        )
         stays.next()
 
 

@@ -163,7 +163,7 @@ def test_bounded_responses(start_server: StartServer) -> None:
     own = start_server(runner="fake", max_tokens_per_response="2")
     with grpc_stream(own) as calls:
         for request_id in ("a", "b"):
-            calls.send(request_id=request_id, prompt_token_ids=[1], max_tokens=301, stream=True, seed=7)
+            calls.send(request_id=request_id, prompt_token_ids=[1], max_tokens=3001, stream=True, seed=7)
         replies: list[Reply] = []
         while sum(reply.is_final for reply in replies) < 2:
             replies.append(calls.next())
@@ -171,10 +171,10 @@ def test_bounded_responses(start_server: StartServer) -> None:
         answer = Answer(tuple(reply for reply in replies if reply.request_id == request_id))
         sizes = [len(reply.values("token_ids")) for reply in answer.replies]
         assert max(sizes) == 2
-        assert sum(sizes) == 301
-        assert answer.summary() == ask(own, prompt_token_ids=[1], max_tokens=301, seed=7).summary()
+        assert sum(sizes) == 3001
+        assert answer.summary() == ask(own, prompt_token_ids=[1], max_tokens=3001, seed=7).summary()
     last_of = {
         request_id: max(i for i, reply in enumerate(replies) if reply.request_id == request_id) for request_id in "ab"
     }
-    assert abs(last_of["a"] - last_of["b"]) < 120, "one stream had to wait for the end of the other"
+    assert abs(last_of["a"] - last_of["b"]) < 1000, "one stream had to wait for the end of the other"
     own.stop()
