@@ -45,8 +45,9 @@ def start_logging(level: str, log_format: str = "text") -> None:
 def as_json(line: bytes, now_s: float) -> bytes:
     r"""A line of the server's output as JSON, unless it is already: what Triton and its libraries write is wrapped.
 
-    >>> as_json(b'W1125 03:34:11.1 42 model.cc:7] "no GPU"\n', 0.0)[45:]
-    b'"level": "warning", "logger": "tritonserver", "message": "no GPU", "place": "model.cc:7"}\n'
+    >>> line = json.loads(as_json(b'W1125 03:34:11.1 42 model.cc:7] "no GPU"\n', 0.0))
+    >>> line["level"], line["logger"], line["message"], line["place"]
+    ('warning', 'tritonserver', 'no GPU', 'model.cc:7')
     """
     if line.startswith(b"{") or not line.strip():
         return line if line.strip() else b""

@@ -7,8 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from backend import plan
-from backend.checkpoint.model_config import read_model_config
 from backend.container import checks
 from backend.container.environment import HUB_PREFIX, ContainerEnvironment, read_environment
 from backend.container.gpu import Gpu, find_gpus
@@ -47,12 +45,14 @@ def check(container: ContainerEnvironment, arguments: list[str]) -> int:
         *checks.check_temporary_files(),
     ]
     if not any(finding.is_fatal for finding in findings if finding.what == "checkpoint"):
-        findings += checks.check_memory(read_model_config(checkpoint), _settings(str(checkpoint)), gpus)
+        findings += checks.check_memory(checkpoint, _settings(str(checkpoint)), gpus)
     return 0 if checks.report(findings) else 1
 
 
 def plan_here(container: ContainerEnvironment, arguments: list[str]) -> int:
     """`backend.plan`, for this GPU and this checkpoint unless others are named."""
+    from backend import plan  # brings torch
+
     given = list(arguments)
     gpus: list[Gpu] = [] if "--gpu-memory" in given else find_gpus()
     if gpus:

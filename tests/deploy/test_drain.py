@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from tests.triton.calls import Answer
 from tests.triton.live_server import wait_until
 from tests.triton.running import answer
 
+slow = pytest.mark.skipif(os.environ.get("DEPLOY_CHECKS") != "all", reason="runs in `make drain-check`")
 NUM_CLIENTS = 6
 MAX_TOKENS = 200
 ENDPOINT_REMOVAL_S = 2.0
@@ -87,6 +89,7 @@ def test_no_request_is_lost_when_a_pod_is_deleted(pod: KubeletServer) -> None:
     pod.assert_nothing_left(5.0)
 
 
+@slow
 def test_probes_see_a_server_that_loads_serves_and_goes(pod: KubeletServer) -> None:
     assert pod.startup.num_asked >= 1
     assert pod.readiness.succeeded.is_set()
@@ -96,6 +99,7 @@ def test_probes_see_a_server_that_loads_serves_and_goes(pod: KubeletServer) -> N
     assert not pod.is_ready()
 
 
+@slow
 def test_what_outlasts_the_grace_period_is_answered_all_the_same(checkpoint: Path, tmp_path: Path) -> None:
     """Endless generations end as cancelled within the pod's grace period; nobody is cut off by SIGKILL."""
     values = profile("cpu-demo")

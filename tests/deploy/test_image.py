@@ -68,9 +68,9 @@ def test_bill_of_materials_holds_what_is_locked() -> None:
 
 
 def test_too_little_shared_memory_is_refused_with_the_remedy() -> None:
-    done = run("serve", shared_memory="64m")
+    done = run("serve", shared_memory="16m")
     assert done.returncode == 1
-    assert "/dev/shm has 64 MiB free, 128 MiB are needed; `docker run --shm-size=1g`" in done.stderr
+    assert "/dev/shm has 16 MiB free, 32 MiB are needed; `docker run --shm-size=256m`" in done.stderr
 
 
 def test_commands() -> None:

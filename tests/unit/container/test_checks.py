@@ -53,13 +53,18 @@ def test_doubtful_gpus(changes: dict[str, Any], cuda_version: int, words: str) -
     assert warnings(list(checks.check_gpu([gpu], is_required=True, cuda_version=cuda_version))) == [words]
 
 
-def test_memory_of_the_model_is_planned() -> None:
+def test_memory_of_the_model_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "read_model_config", lambda folder: NEMO_12B)
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(24_500_000_000)  # sparse
     settings = Settings(checkpoint="/x")
-    assert fatal(list(checks.check_memory(NEMO_12B, settings, [H100]))) == []
+    assert fatal(list(checks.check_memory(tmp_path, settings, [H100]))) == []
     small = dataclasses.replace(H100, total_bytes=16 * 10**9)
-    (problem,) = fatal(list(checks.check_memory(NEMO_12B, settings, [small])))
+    (problem,) = fatal(list(checks.check_memory(tmp_path, settings, [small])))
     assert "GiB" in problem
-    assert warnings(list(checks.check_memory(NEMO_12B, settings, []))) == ["49.0 GB of weights on the CPU"]
+    narrow = Settings(checkpoint="/x", weight_dtype="fp8", kv_dtype="fp8")
+    assert fatal(list(checks.check_memory(tmp_path, narrow, [small]))) == []
+    assert warnings(list(checks.check_memory(tmp_path, settings, []))) == ["24.5 GB of weights on the CPU"]
 
 
 def test_whole_checkpoints_pass(tmp_path: Path) -> None:
@@ -93,9 +98,9 @@ def test_broken_checkpoints(tmp_path: Path) -> None:
 def test_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fatal(list(checks.check_shared_memory(tmp_path / "missing"))) != []
     real = os.statvfs("/")
-    small = os.statvfs_result((4096, 4096, 0, 0, 64 * 256, *real[5:]))  # 64 MiB, docker's default
+    small = os.statvfs_result((4096, 4096, 0, 0, 64 * 64, *real[5:]))  # 16 MiB
     monkeypatch.setattr(os, "statvfs", lambda path: small)
-    assert fatal(list(checks.check_shared_memory())) == ["/dev/shm has 64 MiB free, 128 MiB are needed"]
+    assert fatal(list(checks.check_shared_memory())) == ["/dev/shm has 16 MiB free, 32 MiB are needed"]
 
 
 def test_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
