@@ -53,7 +53,7 @@ drain-check: .venv/.ready-tests  ## A pod deleted under load, and who may do wha
 
 image-check: .venv/.ready-tests  ## Build docker/Dockerfile on a stand-in base (root, buildah, mmdebstrap) and run the image
 	tests/deploy/build_image.sh
-	.venv/bin/pytest tests/deploy/test_dockerfile.py tests/deploy/test_image.py
+	DEPLOY_CHECKS=all .venv/bin/pytest tests/deploy/test_dockerfile.py tests/deploy/test_image.py
 
 audit: .venv/.ready-tests  ## Known vulnerabilities of the locked packages; asks a public database
 	$(PIP) install --progress-bar off pip-audit==2.10.1 $(BRIEFLY)
