@@ -18,7 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: serve setup check test soak test-fuzz test-lm-eval browser lock clean help
+.PHONY: serve setup check test tools helm-check observability-check drain-check image-check audit soak test-fuzz test-lm-eval browser lock clean help
 
 # The server binary comes with a wheel unless an installed tritonserver is there.
 SERVER_LOCKS := requirements/server.txt $(if $(wildcard /opt/tritonserver/bin/tritonserver),,requirements/triton.txt)
@@ -40,8 +40,28 @@ check: .venv/.ready-tests  ## Formatting, lint, types and house rules
 	.venv/bin/mypy
 	.venv/bin/pytest tests/unit/test_house_rules.py
 
-test: .venv/.ready-tests browser  ## Every test that needs no GPU
+test: .venv/.ready-tests browser tools  ## Every test that needs no GPU
 	.venv/bin/pytest --durations=10 --durations-min=2
+
+tools: .venv/.ready-tests  ## helm 3 and Prometheus for the tests of docker/, into .venv/tools
+	@tests/deploy/install_tools.sh
+
+observability-check: .venv/.ready-tests tools  ## Rules, dashboard and log on a live server with a real Prometheus
+	.venv/bin/pytest tests/deploy/test_rules.py tests/deploy/test_monitoring.py tests/deploy/test_beyond_one_machine.py
+
+drain-check: .venv/.ready-tests  ## A pod deleted under load, and who may do what at the ports, TLS included
+	DEPLOY_CHECKS=all .venv/bin/pytest tests/deploy/test_drain.py tests/deploy/test_exposure.py
+
+image-check: .venv/.ready-tests  ## Build docker/Dockerfile on a stand-in base (root, buildah, mmdebstrap) and run the image
+	tests/deploy/build_image.sh
+	DEPLOY_CHECKS=all .venv/bin/pytest tests/deploy/test_dockerfile.py tests/deploy/test_image.py
+
+audit: .venv/.ready-tests  ## Known vulnerabilities of the locked packages; asks a public database
+	$(PIP) install --progress-bar off pip-audit==2.10.1 $(BRIEFLY)
+	.venv/bin/pip-audit --require-hashes --disable-pip --requirement requirements/server.txt
+
+helm-check: .venv/.ready-tests tools  ## The chart: lint, render by helm 3 and 4, validate for several versions of Kubernetes
+	.venv/bin/pytest tests/deploy/test_chart.py
 
 soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, also with too few pages (about 5 minutes)
 	.venv/bin/python -m tests.triton.soak
@@ -108,4 +128,4 @@ clean:  ## Remove .venv and what the tools left behind
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s%s\n", $$1, $$2 }' Makefile

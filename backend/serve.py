@@ -23,6 +23,7 @@ from pathlib import Path
 
 from backend.checkpoint.model_config import read_model_config
 from backend.errors import ConfigError, EngineFailure, NemoError
+from backend.exposure import GrpcTls
 from backend.gateway_process import GatewayProcess
 from backend.installation import PROJECT, check_machine, find_installation, find_libpython
 from backend.logs import start_logging
@@ -46,6 +47,7 @@ class Supervisor:
     def __init__(self, arguments: argparse.Namespace, settings: Settings) -> None:
         self._arguments = arguments
         self._settings = settings
+        self._tls = grpc_tls(arguments)
         self._ports = Ports(arguments.http_port, arguments.grpc_port, arguments.metrics_port)
         self._num_stop_signals = 0
         self._num_restarts = 0
@@ -99,11 +101,8 @@ class Supervisor:
 
     def _start(self) -> None:
         """Start a server and load the models into it."""
-        variables = {"NEMO_CHECKPOINT": self._settings.checkpoint}
         log.info("starting tritonserver (%s) with %s", self._installation.source, self._settings.checkpoint)
-        self._server = ServerProcess(
-            self._installation, self._libpython, self._ports, variables, self._settings.log_level
-        )
+        self._server = ServerProcess(self._installation, self._libpython, self._ports, self._settings, self._tls)
         self._server.wait_until_live(lambda: not self._is_stopping)
         self._load_together(STUBS)
         self._load_together(("ensemble",))
@@ -136,9 +135,11 @@ class Supervisor:
 
     def _greet(self) -> None:
         """Ask the first question as any client would, then say how to ask more."""
+        if self._settings.log_format == "json":
+            return  # nothing but JSON may go out
         http, grpc = self._ports.http, self._ports.grpc
         openai = f"http://127.0.0.1:{self._gateway.port}" if self._gateway is not None else ""
-        if self._arguments.question:
+        if self._arguments.question and self._tls is None:
             print(f"\n> {self._arguments.question}", flush=True)
             command = [sys.executable, "-m", "client", "--url", f"127.0.0.1:{grpc}", self._arguments.question]
             asking = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.DEVNULL)
@@ -231,6 +232,21 @@ def check_ports(ports: dict[str, int]) -> None:
                 ) from None
 
 
+def grpc_tls(arguments: argparse.Namespace) -> GrpcTls | None:
+    """TLS of the gRPC port, if it is asked for; ConfigError when it is asked for by halves."""
+    cert, key, client_ca = arguments.grpc_tls_cert, arguments.grpc_tls_key, arguments.grpc_tls_client_ca
+    if cert is None and key is None and client_ca is None:
+        return None
+    if cert is None or key is None:
+        raise ConfigError("--grpc-tls-cert and --grpc-tls-key: must be given both, or neither")
+    if arguments.openai_port:
+        raise ConfigError(
+            "--grpc-tls-cert: the OpenAI gateway speaks gRPC without TLS to this server; leave it out with --openai-port 0 "
+            "(and run `python -m client.gateway` elsewhere), or end TLS in front of the port"
+        )
+    return GrpcTls(cert, key, client_ca)
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m backend.serve", description=__doc__.partition("\n")[0])
@@ -245,20 +261,23 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="what OpenAI clients call the model; several by commas",
     )
     parser.add_argument("--grace-s", type=float, default=30.0, help="seconds a drain waits for running requests")
+    parser.add_argument("--grpc-tls-cert", type=Path, help="PEM file: the gRPC port speaks TLS with this certificate")
+    parser.add_argument("--grpc-tls-key", type=Path, help="PEM file: its private key")
+    parser.add_argument("--grpc-tls-client-ca", type=Path, help="PEM file: clients must show a certificate of this CA")
     parser.add_argument("--question", default=DEMO_QUESTION, help="asked once at the start; empty: none")
     return parser.parse_args(arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check everything that can be checked before anything starts, then supervise."""
-    start_logging("info")
+    start_logging("info", os.environ.get("NEMO_LOG_FORMAT", "text"))  # until the settings are read
     arguments = parse_arguments(argv)
     try:
         check_machine()
         chosen = arguments.checkpoint or Path(os.environ.get("NEMO_CHECKPOINT") or DEMO_CHECKPOINT)
         parameters = read_model_parameters(PROJECT / "model_repository" / "mistral_nemo" / "config.pbtxt")
         settings = Settings.load(parameters, os.environ | {"NEMO_CHECKPOINT": str(chosen.resolve())})
-        start_logging(settings.log_level)
+        start_logging(settings.log_level, settings.log_format)
         read_model_config(Path(settings.checkpoint))
         ports = {
             "HTTP_PORT": arguments.http_port,

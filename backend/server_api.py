@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from backend.errors import ConfigError, EngineFailure
+from backend.exposure import ADMIN_HEADER
 
 _LOAD_TIMEOUT_S = 3600.0
 _ASK_TIMEOUT_S = 5.0
@@ -18,8 +19,9 @@ _ENGINE_REQUESTS = re.compile(rb"^num_requests_(?:running|waiting)(?:{.*})? (\S+
 class ServerApi:
     """Talks to the tritonserver on this machine. A call that gets no answer raises OSError."""
 
-    def __init__(self, http_port: int, metrics_port: int) -> None:
+    def __init__(self, http_port: int, metrics_port: int, admin_secret: str) -> None:
         self._port = http_port
+        self._headers = {ADMIN_HEADER: admin_secret}
         self._metrics_port = metrics_port
 
     def is_live(self) -> bool:
@@ -93,7 +95,7 @@ class ServerApi:
     ) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", port or self._port, timeout=timeout_s)
         try:
-            connection.request(method, path, None if content is None else json.dumps(content))
+            connection.request(method, path, None if content is None else json.dumps(content), self._headers)
             response = connection.getresponse()
             return response.status, response.read()
         except http.client.HTTPException as error:

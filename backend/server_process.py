@@ -18,8 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backend.errors import EngineFailure
+from backend.exposure import GrpcTls, new_admin_secret, restriction_options
 from backend.installation import PROJECT, Installation, lay_out_backends, server_environment
+from backend.logs import as_json
 from backend.server_api import ServerApi
+from backend.settings import Settings
 
 log = logging.getLogger("nemo.serve")
 STUBS = ("preprocessing", "mistral_nemo", "postprocessing")
@@ -62,10 +65,12 @@ class ServerProcess:
     """A running tritonserver in a session of its own, so that Ctrl-C in the terminal does not reach it."""
 
     def __init__(
-        self, installation: Installation, libpython: Path, ports: Ports, settings: dict[str, str], log_level: str
+        self, installation: Installation, libpython: Path, ports: Ports, settings: Settings, tls: GrpcTls | None = None
     ) -> None:
         self.run_folder = Path(tempfile.mkdtemp(prefix="nemo-"))
-        self.api = ServerApi(ports.http, ports.metrics)
+        admin_secret = new_admin_secret()
+        self.api = ServerApi(ports.http, ports.metrics, admin_secret)
+        self._has_json_log = settings.log_format == "json"
         self._shared_memory_prefix = f"nemo_{os.getpid()}_{self.run_folder.name[-8:]}_"
         command = [
             str(installation.server),
@@ -78,10 +83,13 @@ class ServerProcess:
             f"--metrics-port={ports.metrics}",
             f"--exit-timeout-secs={_EXIT_TIMEOUT_S}",
             "--metrics-interval-ms=200",
-            f"--log-info={'true' if log_level == 'debug' else 'false'}",
+            f"--log-info={'true' if settings.log_level == 'debug' else 'false'}",
+            *restriction_options(admin_secret),
+            *(tls.options() if tls is not None else []),
             *([] if _has_gpu() else ["--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]),
         ]
-        environment = server_environment(installation, libpython) | settings | {_RUN_DIR_VARIABLE: str(self.run_folder)}
+        variables = {"NEMO_CHECKPOINT": settings.checkpoint, _RUN_DIR_VARIABLE: str(self.run_folder)}
+        environment = server_environment(installation, libpython) | variables
         self._process = subprocess.Popen(
             [sys.executable, "-c", _LAUNCH, *command],
             env=environment,
@@ -205,7 +213,7 @@ class ServerProcess:
         with self._process.stdout:
             for line in self._process.stdout:
                 if has_gpu or not any(part in line for part in _LINES_WITHOUT_GPU):
-                    sys.stderr.buffer.write(line)
+                    sys.stderr.buffer.write(as_json(line, time.time()) if self._has_json_log else line)
                     sys.stderr.flush()
 
 

@@ -98,6 +98,7 @@ class Settings:
         "folder in which each engine process writes down what it was asked and what it planned, for "
         "`python -m backend.engine.recording`; the files hold prompts and outputs; empty: none",
     )
+    log_format: str = _setting("text", "lines of text, or one JSON object a line", choices=("text", "json"))
     log_level: str = _setting("info", "least severe lines in the log", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:

@@ -125,7 +125,7 @@ def main(file_descriptor: int) -> int:
     connection = Connection(file_descriptor)
     start = messages.receive_in_engine(connection)
     assert isinstance(start, messages.Start), "the first message says what to serve"
-    start_logging(start.settings.log_level)
+    start_logging(start.settings.log_level, start.settings.log_format)
     outbox = Outbox(connection, start.settings.max_tokens_per_response)
     try:
         engine = build_engine(start.settings, outbox)

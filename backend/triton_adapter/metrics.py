@@ -17,6 +17,7 @@ import triton_python_backend_utils as pb_utils
 
 from backend.engine.events import STEP_TIME_BOUNDS_S, EngineStats, Finish, FinishReason
 from backend.engine.messages import Step
+from backend.engine.plan import PAGE_TOKENS
 
 _PERIOD_S = 0.1
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -27,6 +28,8 @@ _GAUGES = {
     "num_requests_waiting": "Requests of which a sequence waits for a slot or for pages",
     "num_request_max": "Most sequences that run at once (setting max_num_seqs)",
     "gpu_cache_usage_perc": "Share of the KV pages that sequences hold, 0 to 1",
+    "nemo_kv_pages": "KV pages in all",
+    "nemo_kv_page_tokens": "Tokens a KV page holds",
     "nemo_kv_pages_used": "KV pages that sequences hold",
     "nemo_kv_pages_cached": "KV pages that nobody holds and that keep a prefix",
     "nemo_kv_pages_free": "KV pages that hold nothing",
@@ -124,7 +127,9 @@ class Metrics:
     def set_bounds(self, max_num_seqs: int, num_pages: int) -> None:
         """Publish what the engine was started with; until its first step all pages are free."""
         self._gauges["num_request_max"].set(max_num_seqs)
+        self._gauges["nemo_kv_page_tokens"].set(PAGE_TOKENS)
         self._gauges["nemo_kv_pages_free"].set(num_pages)
+        self._gauges["nemo_kv_pages"].set(num_pages)
 
     def publish_description(self, description: dict[str, str]) -> None:
         """Publish what the engine runs on and its memory plan as the labels of one gauge that is always 1.
@@ -184,6 +189,7 @@ class Metrics:
             self._gauges["num_requests_running"].set(stats.num_requests_running)
             self._gauges["num_requests_waiting"].set(stats.num_requests_waiting)
             self._gauges["gpu_cache_usage_perc"].set(stats.num_pages_held / stats.num_pages)
+            self._gauges["nemo_kv_pages"].set(stats.num_pages)
             self._gauges["nemo_kv_pages_used"].set(stats.num_pages_held)
             self._gauges["nemo_kv_pages_cached"].set(stats.num_pages_cached)
             self._gauges["nemo_kv_pages_free"].set(stats.num_pages - stats.num_pages_held - stats.num_pages_cached)

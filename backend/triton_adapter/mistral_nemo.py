@@ -19,6 +19,7 @@ from backend.triton_adapter import tensors
 from backend.triton_adapter.generation_inputs import generation_request
 from backend.triton_adapter.metrics import Metrics
 from backend.triton_adapter.presence import announce, end_with_server, num_restarts, withdraw
+from backend.triton_adapter.request_log import log_failure
 from backend.triton_adapter.responder import Responder, Stream, make_outputs
 from backend.triton_adapter.tensors import Inputs
 
@@ -38,7 +39,7 @@ class MistralNemo:
     def __init__(self, model_config: dict[str, Any]) -> None:
         parameters = {name: value["string_value"] for name, value in model_config.get("parameters", {}).items()}
         self._settings = Settings.load({name: value for name, value in parameters.items() if name not in _TRITONS_OWN})
-        start_logging(self._settings.log_level)
+        start_logging(self._settings.log_level, self._settings.log_format)
         self._input_names = tensors.input_names(model_config)
         self._death: str | None = None
         self._lock = threading.Lock()
@@ -63,6 +64,7 @@ class MistralNemo:
                 self._accept(request, sender)
             except NemoError as error:
                 self._metrics.observe_failures(error)
+                log_failure(request.request_id(), error)
                 sender.send(tensors.error_response(error), flags=tensors.FINAL)
             except Exception as error:  # a bug of ours must fail this request alone
                 log.exception("request %r failed", request.request_id())

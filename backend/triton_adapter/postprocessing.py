@@ -37,7 +37,7 @@ class Postprocessing:
 
     def __init__(self, repository: Path) -> None:
         settings = Settings.load(read_model_parameters(repository / "mistral_nemo" / "config.pbtxt"))
-        start_logging(settings.log_level)
+        start_logging(settings.log_level, settings.log_format)
         self._token_bytes = read_vocabulary(Path(settings.checkpoint)).token_bytes
         self._aborted: deque[int] = deque(maxlen=_NUM_REMEMBERED_ABORTS)
         end_with_server()

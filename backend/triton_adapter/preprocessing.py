@@ -19,6 +19,7 @@ from backend.text.chat import ChatTemplate
 from backend.text.tokenizer import Tokenizer
 from backend.triton_adapter import tensors
 from backend.triton_adapter.presence import announce, end_with_server
+from backend.triton_adapter.request_log import log_failure
 from backend.triton_adapter.tensors import Inputs
 
 log = logging.getLogger("nemo.preprocessing")
@@ -30,7 +31,7 @@ class Preprocessing:
 
     def __init__(self, repository: Path) -> None:
         settings = Settings.load(read_model_parameters(repository / "mistral_nemo" / "config.pbtxt"))
-        start_logging(settings.log_level)
+        start_logging(settings.log_level, settings.log_format)
         vocabulary = read_vocabulary(Path(settings.checkpoint))
         self._tokenizer = Tokenizer(vocabulary)
         self._chat = ChatTemplate(vocabulary, self._tokenizer)
@@ -46,6 +47,7 @@ class Preprocessing:
                 tensors.refuse_parameters(request, self._input_names)
                 responses.append(tensors.response(self._outputs(Inputs(request))))
             except NemoError as error:
+                log_failure(request.request_id(), error)
                 responses.append(tensors.error_response(error))
             except Exception as error:  # a bug of ours must fail this request alone
                 log.exception("request %r failed", request.request_id())

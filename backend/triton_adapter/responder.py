@@ -23,6 +23,7 @@ from backend.errors import NemoError
 from backend.triton_adapter import tensors
 from backend.triton_adapter.log_probs import drawn_tensors, prompt_tensor
 from backend.triton_adapter.pending import PendingQueue
+from backend.triton_adapter.request_log import log_failure, log_finish
 from backend.triton_adapter.stream_chunk import StreamChunk
 from backend.triton_adapter.turns import Turns
 
@@ -233,8 +234,11 @@ class Responder:
                 is_last = stream.num_unfinished == 0 and position == len(taken) - 1
                 stream.sender.send(stream.response(pending), flags=tensors.FINAL if is_last else 0)
                 self._on_response(len(pending.token_ids))
+                if pending.finish is not None:
+                    log_finish(stream.request.request_id, pending.finish)
             if stream.failure is not None and stream.num_unfinished > 0:
                 stream.sender.send(tensors.error_response(stream.failure), flags=tensors.FINAL)
+                log_failure(stream.request.request_id, stream.failure)
         except Exception:  # one client's broken connection must not stop the others' answers
             log.exception("the response to request %r could not be sent", stream.request.request_id)
             self._abort(stream.request.handle)
