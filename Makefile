@@ -73,7 +73,7 @@ lock: | .venv/bin/python  ## Write requirements/*.txt anew from the pins in pypr
 	    echo "requirements/$$1.txt: $$(grep --count '==' "requirements/$$1.txt") packages"; \
 	}; \
 	compile tests --extra tests --extra triton --no-emit-package nvidia-pytriton $(if $(UPGRADE),--upgrade); \
-	for extra in client server triton; do compile "$$extra" --extra "$$extra" --constraint requirements/tests.txt; done
+	for extra in client kernels server triton; do compile "$$extra" --extra "$$extra" --constraint requirements/tests.txt; done
 
 clean:  ## Remove .venv and what the tools left behind
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
