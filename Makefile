@@ -17,7 +17,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: serve setup check test lock clean help
+.PHONY: serve setup check test soak lock clean help
 
 # The server binary comes with a wheel unless an installed tritonserver is there.
 SERVER_LOCKS := requirements/server.txt $(if $(wildcard /opt/tritonserver/bin/tritonserver),,requirements/triton.txt)
@@ -40,6 +40,9 @@ check: .venv/.ready-tests  ## Formatting, lint, types and house rules
 
 test: .venv/.ready-tests  ## Every test that needs no GPU
 	.venv/bin/pytest --durations=10 --durations-min=2
+
+soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, also with too few pages (about 5 minutes)
+	.venv/bin/python -m tests.triton.soak
 
 .venv/bin/python:
 	@command -v '$(PYTHON)' > /dev/null || { echo "make: no '$(PYTHON)' here: install Python 3.11 or 3.12, or name one, as in make PYTHON=/path/to/python3.11" >&2; exit 1; }

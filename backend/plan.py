@@ -1,6 +1,6 @@
 """What a checkpoint needs on a machine one does not have: `python -m backend.plan --gpu-memory 80GB --weights fp8 --kv fp8`.
 
-Without `--checkpoint` it answers for Mistral NeMo 12B. It plans for dtypes that this version of the engine may not serve yet.
+Without `--checkpoint` it answers for Mistral NeMo 12B.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from backend.checkpoint.matrix import WeightFormat
 from backend.checkpoint.model_config import ModelConfig, read_model_config
-from backend.engine.plan import PAGE_TOKENS
+from backend.checkpoint.weights import weight_bytes
 from backend.errors import ConfigError
-from backend.runner.memory_plan import MemoryPlan, plan_memory
+from backend.runner.memory_plan import MemoryPlan, page_bytes, plan_memory, workspace_bytes
 
 NEMO_12B = ModelConfig(
     layout="huggingface",
@@ -34,34 +37,23 @@ NEMO_12B = ModelConfig(
 """Source: config.json of mistralai/Mistral-Nemo-Instruct-2407."""
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_SCALE_BYTES = 4
 
 
-def num_weight_bytes(config: ModelConfig, weights: str) -> int:
-    """Bytes of a model whose linear layers are in `weights`; embedding and head stay BF16 under fp8, norms are FP32.
-
-    FP8 adds one FP32 scale per output row.
-    """
-    rows = config.query_size + 2 * config.kv_size + config.hidden_size + 2 * config.ffn_size + config.hidden_size
-    elements = config.hidden_size * (2 * config.query_size + 2 * config.kv_size + 3 * config.ffn_size)
-    linears = config.num_layers * (elements * _BYTES[weights] + (rows * _SCALE_BYTES if weights == "fp8" else 0))
-    vocab_matrices = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
-    norms = (2 * config.num_layers + 1) * config.hidden_size * _BYTES["fp32"]
-    return linears + vocab_matrices * max(2, _BYTES[weights]) + norms
+def weight_format(weights: str) -> WeightFormat:
+    """What a GPU holds a model in when the setting `weight_dtype` is `weights`: under fp8 embedding and head stay BF16."""
+    return WeightFormat(_DTYPES.get(weights, torch.bfloat16), has_fp8_linears=weights == "fp8")
 
 
 def plan_machine(config: ModelConfig, memory_bytes: int, arguments: argparse.Namespace) -> MemoryPlan:
     """The plan for a device of `memory_bytes`; ConfigError with the numbers when the model does not fit."""
-    page_bytes = 2 * config.num_layers * config.kv_size * PAGE_TOKENS * _BYTES[arguments.kv]
-    widest_row = max(config.hidden_size + 2 * config.ffn_size, config.query_size + 2 * config.kv_size)
-    workspace_bytes = 4 * (arguments.max_step_tokens * widest_row + 4 * arguments.max_num_seqs * config.vocab_size)
     return plan_memory(
         f"a device of {memory_bytes / 1e9:.1f} GB",
         int(memory_bytes * arguments.memory_fraction),
-        num_weight_bytes(config, arguments.weights),
-        workspace_bytes,
-        page_bytes,
+        weight_bytes(config, weight_format(arguments.weights)),
+        workspace_bytes(config, arguments.max_step_tokens, arguments.max_num_seqs),
+        page_bytes(config, _BYTES[arguments.kv]),
         kv_cache_tokens=0,
         most_tokens=None,
     )

@@ -41,9 +41,21 @@ class Settings:
         choices=("auto", "torch", "fake"),
     )
     weight_dtype: str = _setting(
-        "auto", "weights in memory; `auto`: fp32 on the CPU, bf16 on a GPU", choices=("auto", "fp32", "bf16")
+        "auto",
+        "weights of the linear layers; `auto`: fp8 if the checkpoint's are, else fp32 on the CPU and bf16 on a GPU; "
+        "`fp8` quantises others while loading",
+        choices=("auto", "fp32", "bf16", "fp8"),
     )
-    kv_dtype: str = _setting("auto", "KV pages; `auto`: as the weights", choices=("auto", "fp32", "bf16"))
+    head_dtype: str = _setting(
+        "auto",
+        "output head; `auto`: fp8 if the checkpoint's is, else as the embedding, which is never fp8",
+        choices=("auto", "fp32", "bf16", "fp8"),
+    )
+    kv_dtype: str = _setting(
+        "auto",
+        "KV pages; `auto`: fp8 if the checkpoint has scales for them, else as the embedding",
+        choices=("auto", "fp32", "bf16", "fp8"),
+    )
     max_model_len: int = _setting(
         131072, "most tokens of prompt and output together; lowered at start-up to what the KV pages hold", low=16
     )

@@ -66,11 +66,14 @@ def parse(argv: Sequence[str] | None, *, program: str, chat: bool = False) -> Ar
         parser.error("--raw: sends the text as it is, without --chat and --system")
     if is_chat and (namespace.num_return_sequences or 1) != 1:
         parser.error("-n: a chat goes on from one answer")
+    guide_type, guide = namespace.guide or (None, None)
     try:
         host_and_port(namespace.url, namespace.protocol)
         params = GenerationParams(
             stop_words=tuple(namespace.stop),
             ignore_eos=namespace.ignore_eos or None,
+            guided_decoding_guide_type=guide_type,
+            guided_decoding_guide=guide or None,
             **{name: getattr(namespace, name) for name in _PARAM_FLAGS},
         )
         params.tensors()
@@ -115,4 +118,10 @@ def _parser(program: str, chat: bool) -> argparse.ArgumentParser:
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
     )
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after the end of the answer")
+    sampling.add_argument(
+        "--guide",
+        nargs=2,
+        metavar=("KIND", "TEXT"),
+        help="what the answer must follow: json '', json_schema, regex, ebnf_grammar, choice and its text",
+    )
     return parser

@@ -94,6 +94,17 @@ class Client:
             tensors.append(InputTensor("tools", "BYTES", (json.dumps(list(tools)),)))
         return self._transport.stream(self.model, tensors, request_id, params.num_return_sequences or 1)
 
+    def stop(self, request_id: str) -> None:
+        """Takes back every request that runs under `request_id`, whoever sent it; each ends as `cancelled`.
+
+        Raises ValueError for an empty id; ClientError when the server cannot be asked.
+        """
+        if not request_id:
+            raise ValueError("request_id: the id of the requests to stop is wanted, not an empty one")
+        tensors = [InputTensor("stop", "BOOL", (True,))]
+        for _ in self._transport.stream(self.model, tensors, request_id, 1):
+            pass
+
 
 def host_and_port(url: str | None, protocol: Protocol) -> str:
     """`url` as `host:port`; the port defaults to Triton's of the protocol, a scheme of that protocol may be given.

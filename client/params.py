@@ -38,6 +38,15 @@ _PARAM_DATATYPES = {
     "priority": "INT32",
     "deadline_ms": "INT32",
     "cache_salt": "BYTES",
+    "return_log_probs": "BOOL",
+    "num_logprobs": "INT32",
+    "prompt_logprobs": "INT32",
+    "guided_decoding_guide_type": "BYTES",
+    "guided_decoding_guide": "BYTES",
+}
+_PAIRED_TENSORS = {
+    "logit_bias": (("logit_bias_ids", "INT32"), ("logit_bias_values", "FP32")),
+    "embedding_bias": (("embedding_bias_words", "BYTES"), ("embedding_bias_weights", "FP32")),
 }
 
 
@@ -47,6 +56,9 @@ class GenerationParams:
 
     `seed` makes sampling repeatable, `deadline_ms` counts from the arrival at the server, a lower `priority` runs
     first, `num_return_sequences` samples share the prompt and are told apart by `Response.sequence_index`.
+    `logit_bias` is added to the logits of ids, `embedding_bias` to those of the ids of words. `num_logprobs` and
+    `prompt_logprobs` ask for that many alternatives (0: none besides the token itself); with `prompt_logprobs`, `max_tokens`
+    may be 0. `guided_decoding_guide_type` is json, json_schema, regex, ebnf_grammar or choice.
     Raises TypeError for a list field given as one string.
     """
 
@@ -66,11 +78,17 @@ class GenerationParams:
     end_id: int | None = None
     ignore_eos: bool | None = None
     logit_bias: Mapping[int, float] | None = None
+    embedding_bias: Mapping[str, float] | None = None
     num_return_sequences: int | None = None
     exclude_input_in_output: bool | None = None
     priority: int | None = None
     deadline_ms: int | None = None
     cache_salt: str | None = None
+    return_log_probs: bool | None = None
+    num_logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    guided_decoding_guide_type: str | None = None
+    guided_decoding_guide: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop_words", "bad_words", "stop_token_ids"):
@@ -88,9 +106,10 @@ class GenerationParams:
             values = (value,) if isinstance(value, (int, float, str)) else tuple(value)
             if values:
                 tensors.append(InputTensor(name, datatype, values))
-        if self.logit_bias:
-            tensors.append(InputTensor("logit_bias_ids", "INT32", tuple(self.logit_bias)))
-            tensors.append(InputTensor("logit_bias_values", "FP32", tuple(self.logit_bias.values())))
+        for name, (keys, values_of_keys) in _PAIRED_TENSORS.items():
+            if bias := getattr(self, name):
+                tensors.append(InputTensor(*keys, tuple(bias)))
+                tensors.append(InputTensor(*values_of_keys, tuple(bias.values())))
         return tensors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +22,13 @@ _READ = frozenset(
         "num_input_tokens",
         "num_output_tokens",
         "num_cached_tokens",
+        "output_log_probs",
+        "cum_log_probs",
+        "top_log_probs",
+        "prompt_log_probs",
     )
 )
+Place = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,11 @@ class Response:
     stop string. `finish_reason` is empty until the last response of its sequence (`stop`, `length`, `cancelled`,
     `deadline`, `error`); `stop_reason` is then the stop string or id, if any. The counts come with the last response
     and are None before: tokens of the prompt, of the output, and of the prompt found in the server's prefix cache.
+
+    Log-probabilities come when they were asked for. `output_log_probs` has one for each generated id, `cum_log_probs` is the
+    sum of all so far. `top_log_probs` has for each of these ids, and `prompt_log_probs` (with the last response) for each id
+    of the prompt, a place: {"log_prob": ..., "rank": ..., "top": [{"id": ..., "log_prob": ..., "rank": ..., "bytes":
+    [...]}]}; None for the first id of the prompt.
     """
 
     text: str = ""
@@ -43,6 +54,10 @@ class Response:
     num_input_tokens: int | None = None
     num_output_tokens: int | None = None
     num_cached_tokens: int | None = None
+    output_log_probs: tuple[float, ...] = ()
+    cum_log_probs: float | None = None
+    top_log_probs: tuple[Place, ...] = ()
+    prompt_log_probs: tuple[Place | None, ...] = ()
 
     @classmethod
     def from_outputs(cls, outputs: Mapping[str, list[Any]]) -> Response:
@@ -60,6 +75,10 @@ class Response:
                 num_input_tokens=_count(outputs, "num_input_tokens"),
                 num_output_tokens=_count(outputs, "num_output_tokens"),
                 num_cached_tokens=_count(outputs, "num_cached_tokens"),
+                output_log_probs=tuple(float(value) for value in outputs.get("output_log_probs", ())),
+                cum_log_probs=float(outputs["cum_log_probs"][0]) if outputs.get("cum_log_probs") else None,
+                top_log_probs=_places(outputs, "top_log_probs"),
+                prompt_log_probs=_places(outputs, "prompt_log_probs"),
             )
         except (TypeError, ValueError) as error:
             raise BrokenStream(f"the server sent an output of the wrong type: {error}") from error
@@ -109,6 +128,10 @@ def unpack(name: str, datatype: str, raw: bytes) -> list[Any]:
             raise BrokenStream(f"{name}: not UTF-8: {error}") from error
         offset = end
     return strings
+
+
+def _places(outputs: Mapping[str, list[Any]], name: str) -> tuple[Any, ...]:
+    return tuple(place for text in outputs.get(name, ()) for place in json.loads(text))
 
 
 def _count(outputs: Mapping[str, list[Any]], name: str) -> int | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from backend.checkpoint.json_object import JsonObject
+from backend.checkpoint.quantization import Quantization, read_quantization
 from backend.errors import ConfigError
 
 Layout = Literal["huggingface", "mistral"]
@@ -18,7 +19,7 @@ MAX_VOCAB_SIZE = 2**18
 _ARCHITECTURE = "MistralForCausalLM"
 _DTYPES = ("bfloat16", "float16", "float32")
 _PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt")
-_HF_FEATURES_NOT_SERVED = ("attention_bias", "mlp_bias", "quantization_config", "sliding_window")
+_HF_FEATURES_NOT_SERVED = ("attention_bias", "mlp_bias", "sliding_window")
 _MISTRAL_FEATURES_NOT_SERVED = (
     "attention_bias", "sliding_window", "moe", "quantization", "quantization_config", "vision_encoder", "multimodal",
     "yarn", "rope_scaling", "llama_4_scaling", "lora", "q_lora_rank",
@@ -32,6 +33,7 @@ class ModelConfig:
     """Sizes and constants of the model; q and o have `num_heads * head_dim` columns, which need not be `hidden_size`.
 
     `max_position_embeddings` is what the file says and sizes nothing; None when it says nothing; so is `source_dtype`.
+    `quantization` is None for weights in BF16, FP16 or FP32.
     """
 
     layout: Layout
@@ -47,6 +49,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     max_position_embeddings: int | None
     source_dtype: str | None
+    quantization: Quantization | None = None
 
     @property
     def num_heads_per_kv_head(self) -> int:
@@ -133,6 +136,7 @@ def _read_config_json(file: JsonObject) -> ModelConfig:
             tie_word_embeddings=file.boolean("tie_word_embeddings", default=False),
             max_position_embeddings=_optional_positions(file, "max_position_embeddings"),
             source_dtype=_source_dtype(file),
+            quantization=read_quantization(file),
         ),
     )
 

@@ -5,6 +5,7 @@ Only headers are read here. safetensors executes nothing, unlike pickled files, 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from backend.checkpoint.layouts import TensorSpec
 from backend.checkpoint.model_config import Layout
 from backend.errors import ConfigError, shown
 
-SOURCE_DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+_DENSE_DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+_FP8_DTYPE_BYTES = {"F8_E4M3": 1}
 """safetensors' names of the dtypes that are read, and bytes per element."""
 _STEMS: dict[Layout, str] = {"huggingface": "model", "mistral": "consolidated"}
 _SHARD_NUMBER = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
@@ -69,23 +71,28 @@ def check_tensors(files: Mapping[str, Path], specs: Mapping[str, TensorSpec]) ->
     for path in sorted(set(files.values())):
         with open_tensors(path) as file:
             for name in sorted(name for name, its_path in files.items() if its_path == path):
-                part, expected = file.get_slice(name), specs[name].shape
+                part = file.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                if shape != expected:
-                    raise ConfigError(
-                        f"{path}: tensor {name} must have shape {list(expected)} by the folder's configuration, "
-                        f"found {list(shape)}; configuration and weights are not of the same model"
-                    )
-                if dtype not in SOURCE_DTYPE_BYTES:
-                    known = ", ".join(SOURCE_DTYPE_BYTES)
-                    raise ConfigError(
-                        f"{path}: tensor {name} must be one of {known}, found {dtype}; use an unquantised checkpoint"
-                    )
-                size = SOURCE_DTYPE_BYTES[dtype]
-                for length in shape:
-                    size *= length
-                num_bytes += size
+                _check_tensor(path, specs[name], shape, dtype)
+                num_bytes += math.prod(shape) * (_DENSE_DTYPE_BYTES | _FP8_DTYPE_BYTES)[dtype]
     return num_bytes
+
+
+def _check_tensor(path: Path, spec: TensorSpec, shape: tuple[int, ...], dtype: str) -> None:
+    if shape not in (spec.shape, *spec.other_shapes):
+        expected = " or ".join(str(list(its_shape)) for its_shape in (spec.shape, *spec.other_shapes))
+        raise ConfigError(
+            f"{path}: tensor {spec.name} must have shape {expected} by the folder's configuration, "
+            f"found {list(shape)}; configuration and weights are not of the same model"
+        )
+    known = _FP8_DTYPE_BYTES if spec.scale_name else _DENSE_DTYPE_BYTES
+    if dtype not in known:
+        remedy = (
+            "the configuration says that it is quantised"
+            if spec.scale_name
+            else "use a checkpoint of a kind that is served"
+        )
+        raise ConfigError(f"{path}: tensor {spec.name} must be one of {', '.join(known)}, found {dtype}; {remedy}")
 
 
 def _names(path: Path) -> list[str]:

@@ -1,119 +1,114 @@
-"""The model's weights in the engine's own arrangement, streamed from safetensors one tensor at a time."""
+"""The model's weights in the engine's own arrangement, and their bytes, known before anything is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from backend.checkpoint.layouts import Target, TensorSpec, tensor_specs
+from backend.checkpoint.layouts import HEAD_LAYER, Target, has_fp8_source
+from backend.checkpoint.matrix import Matrix, WeightFormat
 from backend.checkpoint.model_config import ModelConfig
-from backend.checkpoint.tensor_files import check_tensors, find_tensors, open_tensors
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes_done, bytes_total) of the source files after each tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer. Linear weights are [outputs, inputs] in the weight dtype, norms FP32.
+    """One layer. Norms are FP32.
 
     `qkv` [(H + 2K) * D, E]: q, then k, then v, with RoPE pairs (i, i + D / 2). `gate_up` [2F, E]: gate, then up.
+    `kv_scales` [2] FP32 on the CPU: of K and of V in FP8 pages, 1 where the checkpoint has none.
     """
 
     attention_norm: torch.Tensor
-    qkv: torch.Tensor
-    output: torch.Tensor
+    qkv: Matrix
+    output: Matrix
     ffn_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Matrix
+    down: Matrix
+    kv_scales: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The whole model; with a tied head, `head` is the same tensor as `embedding` [V, E]."""
+    """The whole model, `embedding` [V, E]; a tied head that is not FP8 has the very tensor of the embedding."""
 
     embedding: torch.Tensor
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
-    head: torch.Tensor
+    head: Matrix
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes that `load_weights` will hold, known before anything is loaded."""
-    linears = config.query_size * 2 + config.kv_size * 2 + config.ffn_size * 3
-    norms = (2 * config.num_layers + 1) * config.hidden_size
-    num_vocab_matrices = 1 if config.tie_word_embeddings else 2
-    matrices = (config.num_layers * linears + num_vocab_matrices * config.vocab_size) * config.hidden_size
-    return matrices * dtype.itemsize + norms * torch.float32.itemsize
+def is_fp8(config: ModelConfig, weight_format: WeightFormat, target: Target, layer: int = HEAD_LAYER) -> bool:
+    """Whether a matrix is held in FP8: all are but those that a quantised checkpoint itself leaves out."""
+    if target == "head":
+        return weight_format.has_fp8_head
+    return weight_format.has_fp8_linears and (config.quantization is None or has_fp8_source(config, target, layer))
 
 
-def load_weights(
-    folder: Path, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
-) -> Weights:
-    """Check every file and header first, then copy tensor by tensor to `device`, converting to `dtype`.
-
-    Host memory holds at most one source tensor (mapped from the file) above the final copy. ConfigError names file,
-    tensor, what is expected and what was found.
-    """
-    specs = tensor_specs(config)
-    files = find_tensors(folder, config.layout)
-    bytes_total = check_tensors(files, specs)
-    weights = _allocate(config, device, dtype)
-    bytes_done = 0
-    for path in sorted(set(files.values())):
-        with open_tensors(path) as file:
-            for name in sorted(name for name, its_path in files.items() if its_path == path):
-                source = file.get_tensor(name)
-                _copy(source, specs[name], _target(weights, specs[name].target, specs[name].layer))
-                bytes_done += source.numel() * source.itemsize
-                del source  # before the next one is read
-                if progress is not None:
-                    progress(bytes_done, bytes_total)
-    return weights
+def has_input_scale(config: ModelConfig, target: Target, layer: int = HEAD_LAYER) -> bool:
+    """Whether the checkpoint brings the scale of a matrix's inputs."""
+    quantization = config.quantization
+    return quantization is not None and quantization.has_static_activations and has_fp8_source(config, target, layer)
 
 
-def _allocate(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Weights:
-    hidden, ffn = config.hidden_size, config.ffn_size
+def weight_bytes(config: ModelConfig, weight_format: WeightFormat) -> int:
+    """Bytes of the weights on the device."""
 
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        return torch.empty(rows, columns, device=device, dtype=dtype)
+    def matrix(target: Target, rows: int, columns: int, layer: int = HEAD_LAYER) -> int:
+        return weight_format.matrix_bytes(
+            rows,
+            columns,
+            is_fp8=is_fp8(config, weight_format, target, layer),
+            has_input_scale=has_input_scale(config, target, layer),
+        )
+
+    linears = sum(
+        matrix(target, rows, columns, layer)
+        for layer in range(config.num_layers)
+        for target, rows, columns in _linears(config)
+    )
+    embedding = config.vocab_size * config.hidden_size * weight_format.dense.itemsize
+    is_shared = config.tie_word_embeddings and not is_fp8(config, weight_format, "head")
+    head = 0 if is_shared else matrix("head", config.vocab_size, config.hidden_size)
+    norms = (2 * config.num_layers + 1) * config.hidden_size * torch.float32.itemsize
+    return linears + embedding + head + norms
+
+
+def allocate_weights(config: ModelConfig, device: torch.device, weight_format: WeightFormat) -> Weights:
+    """Everything that `weight_bytes` counts, with contents still to come."""
+
+    def matrix(target: Target, rows: int, columns: int, layer: int = HEAD_LAYER) -> Matrix:
+        return weight_format.allocate(
+            rows,
+            columns,
+            device,
+            is_fp8=is_fp8(config, weight_format, target, layer),
+            has_input_scale=has_input_scale(config, target, layer),
+        )
 
     def norm() -> torch.Tensor:
-        return torch.empty(hidden, device=device, dtype=torch.float32)
+        return torch.empty(config.hidden_size, device=device, dtype=torch.float32)
 
     layers = tuple(
         LayerWeights(
             attention_norm=norm(),
-            qkv=matrix(config.query_size + 2 * config.kv_size, hidden),
-            output=matrix(hidden, config.query_size),
             ffn_norm=norm(),
-            gate_up=matrix(2 * ffn, hidden),
-            down=matrix(hidden, ffn),
+            kv_scales=torch.ones(2),
+            **{target: matrix(target, rows, columns, layer) for target, rows, columns in _linears(config)},
         )
-        for _ in range(config.num_layers)
+        for layer in range(config.num_layers)
     )
-    embedding = matrix(config.vocab_size, hidden)
-    head = embedding if config.tie_word_embeddings else matrix(config.vocab_size, hidden)
+    embedding = torch.empty(config.vocab_size, config.hidden_size, device=device, dtype=weight_format.dense)
+    is_shared = config.tie_word_embeddings and not is_fp8(config, weight_format, "head")
+    head = Matrix(embedding) if is_shared else matrix("head", config.vocab_size, config.hidden_size)
     return Weights(embedding=embedding, layers=layers, norm=norm(), head=head)
 
 
-def _target(weights: Weights, target: Target, layer: int) -> torch.Tensor:
-    tensor = getattr(weights if layer < 0 else weights.layers[layer], target)
-    assert isinstance(tensor, torch.Tensor)
-    return tensor
-
-
-def _copy(source: torch.Tensor, spec: TensorSpec, target: torch.Tensor) -> None:
-    rows = target[spec.first_row : spec.first_row + spec.shape[0]]
-    if spec.num_interleaved_heads == 0:
-        rows.copy_(source)
-        return
-    num_heads, num_columns = spec.num_interleaved_heads, spec.shape[1]
-    num_pairs = spec.shape[0] // num_heads // 2
-    # Source row 2 * pair + side of a head becomes row side * num_pairs + pair.
-    rows.view(num_heads, 2, num_pairs, num_columns).copy_(
-        source.view(num_heads, num_pairs, 2, num_columns).transpose(1, 2)
+def _linears(config: ModelConfig) -> tuple[tuple[Target, int, int], ...]:
+    """The linear layers of a layer: target, outputs, inputs."""
+    return (
+        ("qkv", config.query_size + 2 * config.kv_size, config.hidden_size),
+        ("output", config.hidden_size, config.query_size),
+        ("gate_up", 2 * config.ffn_size, config.hidden_size),
+        ("down", config.hidden_size, config.ffn_size),
     )

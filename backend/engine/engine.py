@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import time
+from bisect import bisect_left
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import msgspec
 
-from backend.engine.events import EngineStats, FailureKind, RequestFailed
+from backend.engine.events import STEP_TIME_BOUNDS_S, EngineStats, FailureKind, RequestFailed
 from backend.engine.plan import StepPlan
 from backend.engine.request import GenerationRequest, GuideSpec
 from backend.engine.scheduler import Event, Scheduler
 from backend.engine.sequence import Guide
 from backend.errors import QueueFull, RequestError
 from backend.runner.model_runner import InFlightStep, ModelRunner
+
+log = logging.getLogger("nemo.engine")
+_NUM_GUIDE_THREADS = 4
+"""So that guides known to compile pass by a few that take long."""
 
 Emit = Callable[[list[Event], EngineStats], None]
 CompileGuide = Callable[[GuideSpec, int], Guide]
@@ -32,8 +39,8 @@ class Engine:
     """Runs a Scheduler over a ModelRunner; other threads talk to it through its inbox alone.
 
     `emit` is called in the loop's thread with the events of a turn and how busy the engine is afterwards. `compile_guide` raises
-    RequestError for a grammar that cannot be used, and gets the number of sequences that will follow it; without it every
-    grammar is refused.
+    RequestError for a grammar that cannot be used, and gets the number of sequences that will follow it; it is called in threads
+    of its own, several at a time. Without it every grammar is refused.
     """
 
     def __init__(
@@ -42,25 +49,18 @@ class Engine:
         self._scheduler = scheduler
         self._compile_guide = compile_guide
         self._turn_started_s = 0.0
-        self._busy_s = 0.0
+        self._step_time_s = 0.0
+        self._step_time_counts = [0] * (len(STEP_TIME_BOUNDS_S) + 1)
         self._runner = runner
         self._emit = emit
         self._inbox: queue.SimpleQueue[Callable[[], list[Event]] | None] = queue.SimpleQueue()
         self._is_stopping = False
+        self._guide_threads = ThreadPoolExecutor(_NUM_GUIDE_THREADS, thread_name_prefix="guide")
 
     def submit(self, request: GenerationRequest) -> None:
-        """Queue a validated request; it is answered through `emit`, a full queue and a bad grammar too.
-
-        The grammar is compiled here, in the caller's thread: a step need not wait for it.
-        """
+        """Queue a validated request; it is answered through `emit`, a full queue and a bad grammar too."""
         arrival_ns = time.monotonic_ns()
-        try:
-            guide = self._guide_of(request)
-        except RequestError as error:
-            failed: list[Event] = [RequestFailed(request.handle, FailureKind.INVALID, str(error))]
-            self._inbox.put(lambda: failed)
-            return
-        self._inbox.put(lambda: self._add(request, arrival_ns, guide))
+        self._inbox.put(lambda: self._add(request, arrival_ns))
 
     def abort(self, handle: int) -> None:
         """Take a request back, by the engine's own handle."""
@@ -86,6 +86,12 @@ class Engine:
 
     def run(self) -> None:
         """Serve until `stop`. An exception of the runner ends the loop: its state cannot be trusted afterwards."""
+        try:
+            self._run()
+        finally:
+            self._guide_threads.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self) -> None:
         in_flight: Launched | None = None
         while True:
             is_idle = in_flight is None and not self._scheduler.has_work
@@ -103,33 +109,60 @@ class Engine:
                 events += self._scheduler.commit(in_flight.plan, in_flight.step.result(), time.monotonic_ns())
             if launched is not None and launched.plan.needs_masks:
                 launched.step.draw(self._scheduler.masks(launched.plan))
+            if launched is not None or in_flight is not None:
+                self._count_step_time(time.monotonic() - self._turn_started_s)
             in_flight = launched
             if not self._scheduler.has_work:
                 self._scheduler.check_integrity()
-            self._busy_s += time.monotonic() - self._turn_started_s
-            self._emit(events, msgspec.structs.replace(self._scheduler.stats(), busy_s=self._busy_s))
+            self._emit(events, self._stats())
 
-    def _guide_of(self, request: GenerationRequest) -> Guide | None:
-        if request.guide is None:
-            return None
-        if self._compile_guide is None:
-            raise RequestError("guided_decoding_guide_type", "this runner cannot follow a grammar; leave it out")
-        return self._compile_guide(request.guide, request.num_return_sequences)
+    def _count_step_time(self, seconds: float) -> None:
+        self._step_time_s += seconds
+        self._step_time_counts[bisect_left(STEP_TIME_BOUNDS_S, seconds)] += 1
 
-    def _add(self, request: GenerationRequest, arrival_ns: int, guide: Guide | None) -> list[Event]:
+    def _stats(self) -> EngineStats:
+        counts = tuple(self._step_time_counts)
+        stats: EngineStats = msgspec.structs.replace(
+            self._scheduler.stats(), step_time_s=self._step_time_s, step_time_counts=counts
+        )
+        return stats
+
+    def _add(self, request: GenerationRequest, arrival_ns: int) -> list[Event]:
+        """Take a request into the queue; only then is its grammar compiled, so that the bounds of the queue hold for that too."""
+        if request.guide is not None and self._compile_guide is None:
+            problem = "guided_decoding_guide_type: this runner cannot follow a grammar; leave it out"
+            return [RequestFailed(request.handle, FailureKind.INVALID, problem)]
         try:
-            self._scheduler.add(request, arrival_ns, guide)
+            self._scheduler.add(request, arrival_ns)
         except QueueFull as error:
             return [RequestFailed(request.handle, FailureKind.QUEUE_FULL, str(error))]
-        except RequestError as error:  # the grammar cannot be started once more
-            return [RequestFailed(request.handle, FailureKind.INVALID, str(error))]
+        if request.guide is not None:
+            self._guide_threads.submit(self._compile, request, request.guide)
         return []
 
+    def _compile(self, request: GenerationRequest, spec: GuideSpec) -> None:
+        """Compile a grammar, in a thread where nobody waits for it, and tell the loop."""
+        if not self._scheduler.is_listed(request.handle):
+            return  # taken back meanwhile
+        assert self._compile_guide is not None
+        try:
+            guide = self._compile_guide(spec, request.num_return_sequences)
+        except RequestError as error:
+            problem = str(error)
+            self._inbox.put(lambda: self._scheduler.fail(request.handle, FailureKind.INVALID, problem))
+        except Exception as error:  # a bug of ours must fail this request alone
+            log.exception("the grammar of request %r could not be compiled", request.request_id)
+            problem = f"the grammar could not be compiled: {type(error).__name__}: {error}"
+            self._inbox.put(lambda: self._scheduler.fail(request.handle, FailureKind.ENGINE, problem))
+        else:
+            self._inbox.put(lambda: self._scheduler.give_guide(request.handle, guide))
+
     def _drain_inbox(self, *, wait: bool) -> list[Event]:
+        """Carry out what has come; `wait` for the first order, or until a deadline of a request whose grammar is compiled."""
         events: list[Event] = []
         while True:
             try:
-                order = self._inbox.get(block=wait)
+                order = self._inbox.get(block=wait, timeout=self._scheduler.next_deadline_s(time.monotonic_ns()))
             except queue.Empty:
                 return events
             wait = False

@@ -43,8 +43,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     `text_ids`, `text_skip_bytes`, `text_take_bytes` are a TextCut. `is_closed`: nothing may be joined behind these ids in the
     same response, because they end in a control id. `finish` comes with the last event of a sequence, exactly once;
-    `is_request_end` with the last of all its request's sequences. `log_prob` belongs to the last of `token_ids` (those before it
-    are an echo).
+    `is_request_end` with the last of all its request's sequences. `log_probs` belong to the last of `token_ids` (those
+    before them are an echo).
     """
 
     handle: int
@@ -56,7 +56,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     is_closed: bool
     finish: Finish | None
     is_request_end: bool = False
-    log_prob: TokenLogProbs | None = None
+    log_probs: tuple[TokenLogProbs, ...] = ()
 
     @property
     def text(self) -> TextCut:
@@ -82,11 +82,16 @@ class RequestFailed(msgspec.Struct, frozen=True, array_like=True, gc=False):
     message: str
 
 
+STEP_TIME_BOUNDS_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0)
+"""Upper bounds of the bins in which the times of steps are counted."""
+
+
 class EngineStats(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How busy the engine is after a step. Pages, requests and sequences are gauges; steps, tokens and preemptions only grow.
 
     `num_preempted_sequences` counts how often a sequence lost pages to another, `num_swapped_pages` pages moved to the host.
-    `busy_s`: seconds the loop spent in turns that ran or committed a step.
+    `step_time_s`: seconds the loop spent in turns that launched or committed a step; `step_time_counts`: how many such turns took
+    at most each of STEP_TIME_BOUNDS_S, and how many longer than the last (none in two of them).
     """
 
     num_requests_running: int
@@ -100,4 +105,5 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True, gc=False):
     num_prefix_hit_tokens: int
     num_preempted_sequences: int
     num_swapped_pages: int
-    busy_s: float = 0.0
+    step_time_s: float = 0.0
+    step_time_counts: tuple[int, ...] = ()

@@ -47,8 +47,9 @@ class GuideCompiler:
             n_vocab=vocabulary.vocab_size,
         )
         self._checker = GuideChecker()
+        self._checker_lock = threading.Lock()
         self._grammars: OrderedDict[tuple[GuideKind, str], str] = OrderedDict()
-        self._lock = threading.Lock()
+        self._grammars_lock = threading.Lock()
 
     def compile(self, kind: str, text: str, num_matchers: int = 1) -> Guide:
         """Compile the guide `text` of `kind` (a GuideKind), and make the matchers of that many sequences ready.
@@ -65,24 +66,37 @@ class GuideCompiler:
 
     def close(self) -> None:
         """End the process that tries guides first."""
-        with self._lock:
+        with self._checker_lock:
             self._checker.close()
 
     def _grammar(self, kind: GuideKind, text: str) -> str:
+        """The grammar of a guide. One that compiled before does not wait for one that is being tried."""
         key = (kind, text)
-        with self._lock:
-            if key in self._grammars:
-                self._grammars.move_to_end(key)
-                return self._grammars[key]
-            try:
-                # The one guide that is not the client's own text needs no trial.
-                grammar = to_grammar(kind, text) if kind is GuideKind.JSON else self._checker.check(kind, text)
-            except GuideRefused as refusal:
-                raise RequestError(TEXT_FIELD, f"not a usable {kind}: {refusal}") from None
+        if grammar := self._remembered(key):
+            return grammar
+        if kind is GuideKind.JSON:  # the one guide that is not the client's own text needs no trial
+            grammar = to_grammar(kind, text)
+        else:
+            with self._checker_lock:
+                # It may have been tried while this one waited for the lock.
+                grammar = self._remembered(key) or self._tried(kind, text)
+        with self._grammars_lock:
             self._grammars[key] = grammar
             if len(self._grammars) > MAX_CACHED_GUIDES:
                 self._grammars.popitem(last=False)
-            return grammar
+        return grammar
+
+    def _remembered(self, key: tuple[GuideKind, str]) -> str | None:
+        with self._grammars_lock:
+            if key in self._grammars:
+                self._grammars.move_to_end(key)
+            return self._grammars.get(key)
+
+    def _tried(self, kind: GuideKind, text: str) -> str:
+        try:
+            return self._checker.check(kind, text)
+        except GuideRefused as refusal:
+            raise RequestError(TEXT_FIELD, f"not a usable {kind}: {refusal}") from None
 
 
 class Guide:

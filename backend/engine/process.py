@@ -3,7 +3,7 @@
     main thread     the engine loop
     reader          messages of the owner -> the loop's inbox; end of file ends the process
     life            tells the owner every second how long the loop has been in its turn
-    writer          the loop's events -> messages, so that a slow owner never holds up a step
+    writer          the loop's events -> messages (outbox.py), so that a slow owner never holds up a step
 
 Started by EngineProcess (engine_process.py) with the number of an inherited socket. SIGINT is ignored (Ctrl-C reaches the
 whole terminal group); SIGTERM takes every request back, which is how a supervisor ends a drain; the death of the owner
@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import queue
 import signal
 import sys
 import threading
@@ -26,10 +25,10 @@ from pathlib import Path
 from backend.checkpoint.vocabulary import read_vocabulary
 from backend.engine import messages
 from backend.engine.engine import Engine
-from backend.engine.events import EngineStats, RequestFailed, TokenEvent
 from backend.engine.guide import GuideCompiler
+from backend.engine.outbox import Outbox
 from backend.engine.plan import PAGE_TOKENS
-from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
+from backend.engine.scheduler import Scheduler, SchedulerLimits
 from backend.errors import ConfigError
 from backend.logs import start_logging
 from backend.runner.select import make_runner
@@ -37,48 +36,7 @@ from backend.settings import Settings
 
 log = logging.getLogger("nemo.engine")
 _PR_SET_PDEATHSIG = 1
-_STATS_PERIOD_S = 0.1
 _LIFE_PERIOD_S = 1.0
-
-
-class Outbox:
-    """Messages to the owner, written by a thread of their own in the order they were put."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._queue: queue.SimpleQueue[messages.FromEngine | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._write, name="writer", daemon=True)
-        self._last_stats: EngineStats | None = None
-        self._last_stats_s = 0.0
-        self._thread.start()
-
-    def put(self, message: messages.FromEngine) -> None:
-        """Queue one message."""
-        self._queue.put(message)
-
-    def put_step(self, events: list[Event], stats: EngineStats) -> None:
-        """Queue the events of one turn; a turn without events is told only when the engine's load changed, ten times a second."""
-        now_s = time.monotonic()
-        is_idle = stats.num_requests_running == stats.num_requests_waiting == 0
-        is_news = stats != self._last_stats and (is_idle or now_s - self._last_stats_s >= _STATS_PERIOD_S)
-        if not events and not is_news:
-            return
-        self._last_stats, self._last_stats_s = stats, now_s
-        tokens = tuple(event for event in events if isinstance(event, TokenEvent))
-        failed = tuple(event for event in events if isinstance(event, RequestFailed))
-        self._queue.put(messages.Step(tokens, failed, stats))
-
-    def close(self) -> None:
-        """Write what is queued, then end the thread."""
-        self._queue.put(None)
-        self._thread.join(timeout=5)
-
-    def _write(self) -> None:
-        while (message := self._queue.get()) is not None:
-            try:
-                messages.send(self._connection, message)
-            except OSError:
-                os._exit(1)  # the owner is gone: nobody is left to serve
 
 
 def build_engine(settings: Settings, outbox: Outbox) -> Engine:
@@ -154,7 +112,7 @@ def main(file_descriptor: int) -> int:
     start = messages.receive_in_engine(connection)
     assert isinstance(start, messages.Start), "the first message says what to serve"
     start_logging(start.settings.log_level)
-    outbox = Outbox(connection)
+    outbox = Outbox(connection, start.settings.max_tokens_per_response)
     try:
         engine = build_engine(start.settings, outbox)
         signal.signal(signal.SIGTERM, lambda *_: engine.abort_all())

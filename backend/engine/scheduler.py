@@ -40,7 +40,7 @@ class SchedulerLimits:
 
 
 class Scheduler:
-    """Owns sequences, slots and pages. `add`, `abort`, `plan` and `commit` are called by the engine loop alone."""
+    """Owns sequences, slots and pages. Called by the engine loop alone, but for `is_listed`."""
 
     def __init__(self, limits: SchedulerLimits, token_bytes: Ids[bytes], eos_id: int) -> None:
         assert limits.max_num_seqs <= limits.max_step_tokens, "every running sequence must fit into one step"
@@ -63,13 +63,22 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a sequence waits, runs or has a step in flight."""
+        """Whether a sequence waits for a step, runs or has a step in flight; not one that still waits for its grammar."""
         return bool(self._waiting or self._running)
+
+    def is_listed(self, handle: int) -> bool:
+        """Whether a request was accepted and has not ended; any thread may ask."""
+        return handle in self._groups
+
+    def next_deadline_s(self, now_ns: int) -> float | None:
+        """Seconds until a deadline may have passed, at least 0; None when no request has one."""
+        return None if self._next_deadline_ns == _NEVER_NS else max(0.0, (self._next_deadline_ns - now_ns) / 1e9)
 
     def add(self, request: GenerationRequest, now_ns: int, guide: Guide | None = None) -> None:
         """Queue a validated request; QueueFull when the queue is at `max_queued_requests` or `max_queued_tokens`.
 
-        `guide`: the compiled grammar that every sequence of the request must follow.
+        `guide`: the compiled grammar that every sequence of the request must follow. A request that has one and comes without is
+        counted and can be taken back like any other, but does not run before `give_guide`.
         """
         self._waiting.check_room(request)
         deadline_ms = request.deadline_ms or self.limits.default_deadline_ms
@@ -82,12 +91,32 @@ class Scheduler:
             now_ns + deadline_ms * 1_000_000 if deadline_ms else _NEVER_NS,
             self._num_accepted,
             has_prefix_cache=self.limits.has_prefix_cache,
-            guide=guide,
         )
+        if guide is not None:
+            group.start_guide(guide)
         self._num_accepted += 1
         self._groups[request.handle] = group
         self._next_deadline_ns = min(self._next_deadline_ns, group.deadline_ns)
+        self._waiting.count_in(group)
+        if group.is_ready:
+            self._waiting.add(group)
+
+    def give_guide(self, handle: int, guide: Guide) -> list[Event]:
+        """Let a request go on whose grammar is compiled; nothing happens when it was taken back meanwhile."""
+        group = self._groups.get(handle)
+        if group is None:
+            return []
+        try:
+            group.start_guide(guide)
+        except RequestError as error:  # it cannot be started once more
+            return [self._fail(group, FailureKind.INVALID, str(error))]
         self._waiting.add(group)
+        return []
+
+    def fail(self, handle: int, kind: FailureKind, message: str) -> list[Event]:
+        """End a request with an error; nothing happens when it was taken back meanwhile."""
+        group = self._groups.get(handle)
+        return [] if group is None else [self._fail(group, kind, message)]
 
     def abort(self, handle: int) -> list[Event]:
         """Take a request back; a handle that is unknown or finished is no error (the two cross on the way)."""
@@ -171,7 +200,7 @@ class Scheduler:
                         if sequence.guide is not None:
                             sequence.guide.accept(token_id)
                     except RequestError as error:
-                        events.append(self._fail(sequence.group, error))
+                        events.append(self._fail(sequence.group, FailureKind.INVALID, str(error)))
                     else:
                         events.append(self._append(sequence, token_id, log_prob, now_ns))
             elif sequence.is_scored:
@@ -201,7 +230,7 @@ class Scheduler:
                         sequence.guide.accept(token_id)
                     masks[row.slot] = sequence.guide.mask()
                 except RequestError as error:
-                    self._failures.append(self._fail(sequence.group, error))
+                    self._failures.append(self._fail(sequence.group, FailureKind.INVALID, str(error)))
         return masks
 
     def stats(self) -> EngineStats:
@@ -230,7 +259,8 @@ class Scheduler:
         assert num_running == self._num_running_requests, "running requests were miscounted"
         self._waiting.check_integrity(list(self._groups.values()))
         if not self.has_work:
-            assert not self._groups, f"{len(self._groups)} requests are listed but nothing runs or waits"
+            lost = [group for group in self._groups.values() if group.is_ready]
+            assert not lost, f"{len(lost)} requests are listed but nothing runs or waits"
 
     def _make_ready(self, sequence: Sequence, position: int, num_tokens: int) -> bool:
         """Bring a sequence's pages for its first `num_tokens` tokens onto the device; `position` is its place in the order."""
@@ -343,10 +373,10 @@ class Scheduler:
         events = self._end_sequences(group, reason)
         return events if group.has_tokens else [RequestFailed(group.request.handle, kind, message)]
 
-    def _fail(self, group: RequestGroup, error: RequestError) -> RequestFailed:
-        """End a request whose grammar cannot be followed any further; tokens it has been sent stay valid."""
+    def _fail(self, group: RequestGroup, kind: FailureKind, message: str) -> RequestFailed:
+        """End a request that cannot go on, such as by its grammar; tokens it has been sent stay valid."""
         self._end_sequences(group, FinishReason.CANCELLED)
-        return RequestFailed(group.request.handle, FailureKind.INVALID, str(error))
+        return RequestFailed(group.request.handle, kind, message)
 
     def _end_sequences(self, group: RequestGroup, reason: FinishReason) -> list[Event]:
         events: list[Event] = []

@@ -57,16 +57,14 @@ class Sequence:
     slot are held from admission until the sequence is FINISHED and nothing of it is in flight.
     """
 
-    def __init__(
-        self, group: RequestGroup, index: int, text: TextStream, holder: Holder, guide: Matcher | None
-    ) -> None:
+    def __init__(self, group: RequestGroup, index: int, text: TextStream, holder: Holder) -> None:
         self.group = group
         self.request = group.request
         self.index = index
         self.rank = (group.rank_ns, group.order, index)
         self.text = text
         self.kv = holder
-        self.guide = guide
+        self.guide: Matcher | None = None
         self.phase = Phase.WAITING
         self.slot = -1
         self.has_started = False
@@ -171,7 +169,10 @@ class Sequence:
         is_closed = bool(token_ids) and self.text.is_control(token_ids[-1])
         is_request_end = finish is not None and self.group.num_unfinished == 0
         cut = self.text.take()
-        return TokenEvent(self.request.handle, self.index, token_ids, *cut, is_closed, finish, is_request_end, log_prob)
+        log_probs = () if log_prob is None else (log_prob,)
+        return TokenEvent(
+            self.request.handle, self.index, token_ids, *cut, is_closed, finish, is_request_end, log_probs
+        )
 
     def _finish(self, reason: FinishReason, stop_reason: str = "") -> Finish:
         assert self.phase is not Phase.FINISHED, "a sequence ends once"
@@ -201,6 +202,7 @@ class RequestGroup:
 
     All of them share the pages of the prompt. So only the first waits from the start; the others queue behind it once its
     prompt has been run. Where the prefix cache is off, or must not be read, a salt of their own keeps the sharing among them.
+    `is_ready`: nothing but its turn is missing; not so while its grammar is compiled.
     """
 
     def __init__(
@@ -214,9 +216,9 @@ class RequestGroup:
         order: int,
         *,
         has_prefix_cache: bool,
-        guide: Guide | None,
     ) -> None:
         self.request = request
+        self.is_ready = request.guide is None
         self.arrival_time_ns = arrival_time_ns
         self.deadline_ns = deadline_ns
         self.order = order
@@ -239,7 +241,12 @@ class RequestGroup:
                 index,
                 TextStream(token_bytes, stops),
                 Holder(salt, num_pages, may_read_cache=may_read or index > 0, may_write_cache=may_read or n > 1),
-                None if guide is None else guide.start(),
             )
             for index in range(request.num_return_sequences)
         )
+
+    def start_guide(self, guide: Guide) -> None:
+        """Let every sequence follow the grammar; RequestError when it cannot be started so often."""
+        for sequence in self.sequences:
+            sequence.guide = guide.start()
+        self.is_ready = True

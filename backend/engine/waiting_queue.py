@@ -44,10 +44,13 @@ class WaitingQueue:
                 f"{len(request.prompt_token_ids)}, max_queued_tokens is {self._max_tokens}; try again later"
             )
 
-    def add(self, group: RequestGroup) -> None:
-        """Let a new request wait. Only its first sequence queues; the others are counted, and follow with `add_siblings`."""
+    def count_in(self, group: RequestGroup) -> None:
+        """Count a new request and all its sequences among those that wait; `add` lets it have its turn."""
         self.num_requests += 1
         self._num_tokens += len(group.request.prompt_token_ids)
+
+    def add(self, group: RequestGroup) -> None:
+        """Let the first sequence of a request queue; the others follow with `add_siblings`."""
         insort(self._sequences, group.sequences[0], key=rank_of)
 
     def add_siblings(self, group: RequestGroup) -> None:

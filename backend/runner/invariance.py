@@ -11,12 +11,13 @@ from collections.abc import Iterable
 
 import torch
 
+from backend.checkpoint.matrix import Matrix
 from backend.engine.plan import PAGE_TOKENS
 from backend.runner import work_items
 from backend.runner.linear import TILE_ROWS, linear
 
 
-def find_dependence(weights: Iterable[torch.Tensor], head_dim: int) -> str | None:
+def find_dependence(weights: Iterable[Matrix], head_dim: int) -> str | None:
     """What depends on a row's neighbours here, in words, or None: then results are batch-invariant.
 
     `weights`: one linear weight [outputs, inputs] of each shape that runs.
@@ -32,7 +33,7 @@ def find_dependence(weights: Iterable[torch.Tensor], head_dim: int) -> str | Non
     return None
 
 
-def _is_linear_invariant(weight: torch.Tensor, generator: torch.Generator) -> bool:
+def _is_linear_invariant(weight: Matrix, generator: torch.Generator) -> bool:
     x = torch.randn(TILE_ROWS, weight.shape[1], generator=generator)
     expected = linear(x, weight, is_tiled=True)
     alone = torch.zeros_like(x)

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from backend.checkpoint import fp8
+from backend.checkpoint.matrix import Matrix
+
 TILE_ROWS = 16
 """Rows of every product; activations are padded to a multiple of it once, at the start of a step."""
 
@@ -22,12 +25,24 @@ def padded_rows(num_rows: int) -> int:
     return max(1, -(-num_rows // TILE_ROWS)) * TILE_ROWS
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, *, is_tiled: bool) -> torch.Tensor:
-    """`x @ weight.T`.
+def linear(x: torch.Tensor, matrix: Matrix, *, is_tiled: bool) -> torch.Tensor:
+    """`x W^T`.
 
-    x [R, inputs] FP32, R a multiple of 16 when `is_tiled`; weight [outputs, inputs] in the weight dtype, which the
+    x [R, inputs] FP32, R a multiple of 16 when `is_tiled`; `matrix` [outputs, inputs] in the weight dtype, which the
     product is computed in. Returns [R, outputs] FP32.
+
+    With FP8 weights x is quantised to e4m3 too, each row by its own scale or all by the checkpoint's. The product of the
+    e4m3 values, which FP32 and BF16 hold exactly, is multiplied by the scales of row and output.
     """
+    if matrix.scales is None:
+        return _product(x, matrix.values, is_tiled=is_tiled)
+    scales = fp8.row_scales(x) if matrix.input_scale is None else matrix.input_scale
+    values = matrix.values if matrix.values.dtype != fp8.DTYPE else matrix.values.to(torch.bfloat16)
+    product = _product(fp8.quantise(x, scales).to(values.dtype), values, is_tiled=is_tiled)
+    return product.mul_(scales.unsqueeze(1)).mul_(matrix.scales)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, *, is_tiled: bool) -> torch.Tensor:
     x = x.to(weight.dtype)
     if not is_tiled:
         return torch.nn.functional.linear(x, weight).float()

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from backend.checkpoint.model_config import ModelConfig
 from backend.engine.plan import PAGE_TOKENS
 from backend.errors import ConfigError
 
 _GIB = 2**30
 _EXAMPLE_LENGTHS = (1024, 4096, 32768, 131072)
+_FP32_BYTES = 4
+_LOGITS_COPIES = 4
+"""FP32 copies of the sampled rows' logits that sampling holds at once, at most."""
+PIECE_ROWS = 128
+"""Positions whose logits scoring holds at once: 64 MB at a vocabulary of 131,072. Prompts may be a thousand times longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,18 @@ class MemoryPlan:
             ),
             "kv_cache": f"{self.num_pages:,} pages = {self.kv_tokens:,} tokens: {', '.join(fits)} tokens each",
         }
+
+
+def page_bytes(config: ModelConfig, element_bytes: int) -> int:
+    """Bytes of one page: K and V of 64 tokens in all layers."""
+    return 2 * config.num_layers * config.kv_size * PAGE_TOKENS * element_bytes
+
+
+def workspace_bytes(config: ModelConfig, max_step_tokens: int, max_num_seqs: int) -> int:
+    """Bytes of a step's intermediate results in FP32: widest rows of its tokens, logits that sampling and scoring hold."""
+    widest_row = max(config.hidden_size + 2 * config.ffn_size, config.query_size + 2 * config.kv_size)
+    num_logit_rows = _LOGITS_COPIES * max_num_seqs + PIECE_ROWS
+    return _FP32_BYTES * (max_step_tokens * widest_row + num_logit_rows * config.vocab_size)
 
 
 def plan_memory(

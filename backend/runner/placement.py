@@ -8,9 +8,12 @@ from pathlib import Path
 
 import torch
 
+from backend.checkpoint import fp8
+from backend.checkpoint.matrix import WeightFormat
+from backend.checkpoint.quantization import Quantization
 from backend.errors import ConfigError, shown
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": fp8.DTYPE}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -19,25 +22,55 @@ class Placement:
     """Device and dtypes, decided."""
 
     device: torch.device
-    weight_dtype: torch.dtype
+    weight_format: WeightFormat
     kv_dtype: torch.dtype
 
-    @property
-    def weight_dtype_name(self) -> str:
-        """As the setting names it."""
-        return _NAMES[self.weight_dtype]
+    def describe(self) -> dict[str, str]:
+        """The dtypes as the settings name them."""
+        kept = self.weight_format
+        dense = _NAMES[kept.dense]
+        return {
+            "weight_dtype": "fp8" if kept.has_fp8_linears else dense,
+            "head_dtype": "fp8" if kept.has_fp8_head else dense,
+            "kv_dtype": _NAMES[self.kv_dtype],
+        }
 
-    @property
-    def kv_dtype_name(self) -> str:
-        """As the setting names it."""
-        return _NAMES[self.kv_dtype]
 
+def choose_placement(
+    device: str = "auto",
+    weight_dtype: str = "auto",
+    kv_dtype: str = "auto",
+    head_dtype: str = "auto",
+    quantization: Quantization | None = None,
+) -> Placement:
+    """Decide what `auto` means for a checkpoint of `quantization`.
 
-def choose_placement(device: str = "auto", weight_dtype: str = "auto", kv_dtype: str = "auto") -> Placement:
-    """Decide what `auto` means: the first CUDA device if any; FP32 on the CPU, BF16 elsewhere; KV as the weights.
-
+    Device: the first CUDA device if any. Weights: FP8 when the checkpoint's are, else FP32 on the CPU and BF16 elsewhere.
+    Head: FP8 when the checkpoint's is, else as the embedding, which is never FP8. KV: FP8 when the checkpoint has scales
+    for it, else as the embedding.
     ConfigError for a device this machine has not, or an unknown dtype.
     """
+    chosen = _choose_device(device)
+    usual = torch.float32 if chosen.type == "cpu" else torch.bfloat16
+    weights = _parse_dtype("weight_dtype", weight_dtype, usual if quantization is None else fp8.DTYPE)
+    dense = usual if weights == fp8.DTYPE else weights
+    is_head_quantised = quantization is not None and quantization.quantises("lm_head") and weights == fp8.DTYPE
+    head = _parse_dtype("head_dtype", head_dtype, fp8.DTYPE if is_head_quantised else dense)
+    if head not in (dense, fp8.DTYPE):
+        raise ConfigError(
+            f"head_dtype: must be auto, fp8 or as the embedding, which is {_NAMES[dense]} here, got {shown(head_dtype)}"
+        )
+    has_kv_scales = quantization is not None and quantization.has_kv_scales
+    kept = WeightFormat(
+        dense=dense,
+        has_fp8_linears=weights == fp8.DTYPE,
+        has_fp8_head=head == fp8.DTYPE,
+        fp8_values=torch.float32 if chosen.type == "cpu" else fp8.DTYPE,
+    )
+    return Placement(chosen, kept, _parse_dtype("kv_dtype", kv_dtype, fp8.DTYPE if has_kv_scales else dense))
+
+
+def _choose_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
@@ -50,10 +83,7 @@ def choose_placement(device: str = "auto", weight_dtype: str = "auto", kv_dtype:
         raise ConfigError(
             f"device: {shown(device)} is not there, PyTorch sees {torch.cuda.device_count()} CUDA devices"
         )
-    weights = torch.float32 if chosen.type == "cpu" else torch.bfloat16
-    if weight_dtype != "auto":
-        weights = _parse_dtype("weight_dtype", weight_dtype)
-    return Placement(chosen, weights, weights if kv_dtype == "auto" else _parse_dtype("kv_dtype", kv_dtype))
+    return chosen
 
 
 def num_physical_cores() -> int:
@@ -74,7 +104,9 @@ def default_num_threads() -> int:
     return max(1, num_physical_cores() - 1)
 
 
-def _parse_dtype(setting: str, name: str) -> torch.dtype:
+def _parse_dtype(setting: str, name: str, auto: torch.dtype) -> torch.dtype:
+    if name == "auto":
+        return auto
     if name not in _DTYPES:
         raise ConfigError(f"{setting}: must be one of auto, {', '.join(_DTYPES)}, got {shown(name)}")
     return _DTYPES[name]

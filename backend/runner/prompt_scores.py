@@ -11,11 +11,9 @@ import torch
 from backend.engine.plan import StepPlan, TokenLogProbs
 from backend.errors import EngineFailure
 from backend.runner.log_probs import LogProbs, measure
+from backend.runner.memory_plan import PIECE_ROWS
 from backend.runner.transformer import Transformer
 from backend.runner.work_items import IntArray
-
-PIECE_ROWS = 128
-"""Positions whose logits are held at once: 64 MB at a vocabulary of 131,072. Prompts may be a thousand times longer."""
 
 
 @dataclass(frozen=True, slots=True)

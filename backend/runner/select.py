@@ -12,11 +12,9 @@ from backend.checkpoint.model_config import ModelConfig, read_model_config
 from backend.checkpoint.weights import weight_bytes
 from backend.engine.plan import PAGE_TOKENS
 from backend.runner.fake_runner import FakeRunner
-from backend.runner.kv_pages import page_bytes
-from backend.runner.memory_plan import MemoryPlan, plan_memory
+from backend.runner.memory_plan import MemoryPlan, page_bytes, plan_memory, workspace_bytes
 from backend.runner.model_runner import ModelRunner
 from backend.runner.placement import Placement, choose_placement
-from backend.runner.prompt_scores import PIECE_ROWS
 from backend.runner.torch_runner import TorchRunner
 from backend.settings import Settings
 
@@ -25,8 +23,6 @@ _MOST_CPU_TOKENS = 65_536
 _CPU_MEMORY_FRACTION = 0.8
 _CPU_STEP_TIMEOUT_S = 120.0
 _GPU_STEP_TIMEOUT_S = 8.0
-_LOGITS_COPIES = 4
-"""FP32 copies of the sampled rows' logits that sampling holds at once, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +46,9 @@ def make_runner(settings: Settings, progress: Progress) -> ServedModel:
     config = read_model_config(Path(settings.checkpoint))
     if settings.runner == "fake":
         return _fake(settings, config)
-    placement = choose_placement("auto", settings.weight_dtype, settings.kv_dtype)
+    placement = choose_placement(
+        "auto", settings.weight_dtype, settings.kv_dtype, settings.head_dtype, config.quantization
+    )
     plan = _plan_for(placement, config, settings)
     num_host_pages = _num_host_pages(settings, plan)
     max_model_len, why = _served_length(config, settings, plan.num_pages)
@@ -63,6 +61,7 @@ def make_runner(settings: Settings, progress: Progress) -> ServedModel:
         device=str(placement.device),
         weight_dtype=settings.weight_dtype,
         kv_dtype=settings.kv_dtype,
+        head_dtype=settings.head_dtype,
         num_threads=settings.num_threads,
         progress=lambda done, total: progress("weights", done, total),
     )
@@ -94,8 +93,6 @@ def _num_host_pages(settings: Settings, plan: MemoryPlan) -> int:
 
 def _plan_for(placement: Placement, config: ModelConfig, settings: Settings) -> MemoryPlan:
     is_cpu = placement.device.type == "cpu"
-    widest_row = max(config.hidden_size + 2 * config.ffn_size, config.query_size + 2 * config.kv_size)
-    logits = (_LOGITS_COPIES * settings.max_num_seqs + PIECE_ROWS) * config.vocab_size
     if is_cpu:
         budget_bytes = int(available_host_bytes() * _CPU_MEMORY_FRACTION)
     else:
@@ -103,9 +100,9 @@ def _plan_for(placement: Placement, config: ModelConfig, settings: Settings) -> 
     return plan_memory(
         str(placement.device),
         budget_bytes,
-        weight_bytes(config, placement.weight_dtype),
-        4 * (settings.max_step_tokens * widest_row + logits),
-        page_bytes(config, placement.kv_dtype),
+        weight_bytes(config, placement.weight_format),
+        workspace_bytes(config, settings.max_step_tokens, settings.max_num_seqs),
+        page_bytes(config, placement.kv_dtype.itemsize),
         kv_cache_tokens=settings.kv_cache_tokens,
         most_tokens=_MOST_CPU_TOKENS if is_cpu else None,
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from backend.checkpoint.model_config import ModelConfig, read_model_config
-from backend.checkpoint.weights import Progress, Weights, load_weights
+from backend.checkpoint.weight_loader import Progress, load_weights
+from backend.checkpoint.weights import Weights
 from backend.engine.plan import StepPlan, StepResult, TokenLogProbs
 from backend.errors import ConfigError, EngineFailure
 from backend.runner.batch import Batch, build_batch
@@ -88,6 +89,7 @@ class TorchRunner:
         device: str = "auto",
         weight_dtype: str = "auto",
         kv_dtype: str = "auto",
+        head_dtype: str = "auto",
         num_threads: int = 0,
         progress: Progress | None = None,
     ) -> None:
@@ -105,7 +107,7 @@ class TorchRunner:
         self.num_host_pages = num_host_pages
         self.max_num_seqs = max_num_seqs
         self.config: ModelConfig = read_model_config(folder)
-        self._placement = choose_placement(device, weight_dtype, kv_dtype)
+        self._placement = choose_placement(device, weight_dtype, kv_dtype, head_dtype, self.config.quantization)
         is_cpu = self._placement.device.type == "cpu"
         self._num_threads = num_threads or default_num_threads()
         torch.set_num_threads(self._num_threads)
@@ -114,10 +116,16 @@ class TorchRunner:
                 folder,
                 self.config,
                 device=self._placement.device,
-                dtype=self._placement.weight_dtype,
+                weight_format=self._placement.weight_format,
                 progress=progress,
             )
-            kv = KvPages(self.config, num_pages, device=self._placement.device, dtype=self._placement.kv_dtype)
+            kv = KvPages(
+                self.config,
+                num_pages,
+                device=self._placement.device,
+                dtype=self._placement.kv_dtype,
+                scales=[(layer.kv_scales[0].item(), layer.kv_scales[1].item()) for layer in weights.layers],
+            )
             self._host_pages = HostPages(self.config, num_host_pages, kv)
             rope = RopeTable(self.config.head_dim, self.config.rope_theta, max_model_len, self._placement.device)
             self._invariance = _describe_invariance(weights, self.config) if is_cpu else "no: not promised on a GPU"
@@ -153,10 +161,23 @@ class TorchRunner:
         return {
             "runner": "torch",
             "device": f"{device} ({name})",
-            "weight_dtype": self._placement.weight_dtype_name,
-            "kv_dtype": self._placement.kv_dtype_name,
+            **self._placement.describe(),
+            **self._describe_quantization(),
             "batch_invariant": self._invariance,
         }
+
+    def _describe_quantization(self) -> dict[str, str]:
+        kept, scheme = self._placement.weight_format, self.config.quantization
+        if not kept.has_fp8_linears:
+            return (
+                {} if scheme is None else {"quantization": f"the checkpoint's ({scheme.name}) was undone while loading"}
+            )
+        if scheme is None:
+            return {"quantization": "while loading: e4m3 weights with a scale a row, inputs with a scale a token"}
+        inputs = (
+            "inputs with the checkpoint's scales" if scheme.has_static_activations else "inputs with a scale a token"
+        )
+        return {"quantization": f"the checkpoint's ({scheme.name}, a weight scale a {scheme.weight_scales}), {inputs}"}
 
     def close(self) -> None:
         """Free weights, pages and sampler state; the runner cannot be used afterwards."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from backend.checkpoint.matrix import Matrix
 from backend.checkpoint.model_config import ModelConfig
 from backend.checkpoint.weights import LayerWeights, Weights
 from backend.runner.attention import attend
@@ -57,8 +58,10 @@ class Transformer:
         q, k = turned[:, : config.num_heads], turned[:num_tokens, config.num_heads :]
         v = heads[:num_tokens, config.num_heads + config.num_kv_heads :]
         self._kv.write(index, batch.pages, batch.offsets, k, v)
-        attended = attend(q * config.head_dim**-0.5, *self._kv.tiles(index), batch.items)
-        return self._linear(attended.flatten(1), layer.output)
+        # Scales of FP8 pages stand outside the sums, so the pages' own values go into the products.
+        key_scale, value_scale = self._kv.scales(index)
+        attended = attend(q * (config.head_dim**-0.5 * key_scale), *self._kv.tiles(index), batch.items)
+        return self._linear(attended.mul_(value_scale).flatten(1), layer.output)
 
     def _feed_forward(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         gate, up = self._linear(x, layer.gate_up).chunk(2, dim=1)
@@ -69,5 +72,5 @@ class Transformer:
         mean_square = x.square().mean(dim=1, keepdim=True)
         return (x * torch.rsqrt(mean_square + self._config.rms_norm_eps)).mul_(weight)
 
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return linear(x, weight, is_tiled=self._is_tiled)
+    def _linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        return linear(x, matrix, is_tiled=self._is_tiled)

@@ -1,18 +1,21 @@
 """The engine's metrics on Triton's metrics port, under the names NIM's dashboards use.
 
 A call costs about 20 us and there is no bulk call, so gauges and counters are written ten times a second and histograms once
-a request.
+a request. Steps come too often for that: their times are counted in the engine, and published as the counters that a histogram of
+Prometheus consists of (`nemo_step_time_seconds_bucket{le=...}`, `_sum`, `_count`), on which `histogram_quantile` works the same.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from backend.engine.events import EngineStats, Finish, FinishReason
+from backend.engine.events import STEP_TIME_BOUNDS_S, EngineStats, Finish, FinishReason
 from backend.engine.messages import Step
 
 _PERIOD_S = 0.1
@@ -41,7 +44,6 @@ _COUNTERS = {
 _STATS_COUNTERS = {
     "nemo_steps_total": ("num_steps", "Steps planned"),
     "nemo_step_tokens_total": ("num_planned_tokens", "Tokens in those steps"),
-    "nemo_busy_seconds_total": ("busy_s", "Seconds the engine loop spent on steps"),
     "nemo_prefix_queried_tokens_total": ("num_prefix_queried_tokens", "Prompt tokens looked up in the prefix cache"),
     "nemo_prefix_hit_tokens_total": ("num_prefix_hit_tokens", "Prompt tokens found in the prefix cache"),
     "nemo_preemptions_total": ("num_preempted_sequences", "Times a sequence lost pages to another"),
@@ -60,6 +62,33 @@ _HISTOGRAMS = {
 }
 _OTHER_CAUSE = "Internal"
 _CAUSES = ("RequestError", "QueueFull", "DeadlineExceeded", "Cancelled", "EngineFailure", _OTHER_CAUSE)
+
+
+class StepTimes:
+    """A histogram made of counters: what was counted elsewhere is added in bulk."""
+
+    def __init__(self, new_family: Callable[[str, str, str], Any]) -> None:
+        family = new_family("nemo_step_time_seconds_bucket", "Engine steps that took at most `le` seconds", "COUNTER")
+        bounds = [*map(str, STEP_TIME_BOUNDS_S), "+Inf"]
+        self._buckets = [family.Metric(labels={"le": bound}) for bound in bounds]
+        family = new_family("nemo_step_time_seconds_sum", "Seconds that the engine's steps took", "COUNTER")
+        self._sum = family.Metric(labels={})
+        family = new_family("nemo_step_time_seconds_count", "Engine steps that were timed", "COUNTER")
+        self._count = family.Metric(labels={})
+        self._published_s = 0.0
+        self._published = [0] * len(bounds)
+
+    def publish(self, stats: EngineStats) -> None:
+        """Add what has come since the last time."""
+        at_most = list(accumulate(stats.step_time_counts))
+        if not at_most or at_most[-1] == self._published[-1]:
+            return
+        self._count.increment(at_most[-1] - self._published[-1])
+        self._sum.increment(stats.step_time_s - self._published_s)
+        for bucket, count, before in zip(self._buckets, at_most, self._published, strict=True):
+            if count > before:
+                bucket.increment(count - before)
+        self._published, self._published_s = at_most, stats.step_time_s
 
 
 class Metrics:
@@ -83,6 +112,7 @@ class Metrics:
         self._stats_counters = {
             field: self._metric(name, text, "COUNTER") for name, (field, text) in _STATS_COUNTERS.items()
         }
+        self._step_times = StepTimes(self._family)
         failures = self._family("nemo_request_failures_total", "Requests answered with an error, by cause", "COUNTER")
         self._failures = {cause: failures.Metric(labels={"cause": cause}) for cause in _CAUSES}
         self._counts: dict[Any, float] = {}
@@ -91,9 +121,10 @@ class Metrics:
         self._published_stats: EngineStats | None = None
         self._next_s = 0.0
 
-    def set_num_request_max(self, max_num_seqs: int) -> None:
-        """Publish the bound that the engine was started with."""
+    def set_bounds(self, max_num_seqs: int, num_pages: int) -> None:
+        """Publish what the engine was started with; until its first step all pages are free."""
         self._gauges["num_request_max"].set(max_num_seqs)
+        self._gauges["nemo_kv_pages_free"].set(num_pages)
 
     def publish_description(self, description: dict[str, str]) -> None:
         """Publish what the engine runs on and its memory plan as the labels of one gauge that is always 1.
@@ -149,6 +180,7 @@ class Metrics:
                 grown = getattr(stats, field) - (getattr(before, field) if before is not None else 0)
                 if grown > 0:
                     counter.increment(grown)
+            self._step_times.publish(stats)
             self._gauges["num_requests_running"].set(stats.num_requests_running)
             self._gauges["num_requests_waiting"].set(stats.num_requests_waiting)
             self._gauges["gpu_cache_usage_perc"].set(stats.num_pages_held / stats.num_pages)

@@ -11,13 +11,13 @@ from typing import Any
 from backend.engine import messages
 from backend.engine.engine_process import EngineProcess
 from backend.engine.events import FailureKind, Finish, FinishReason, RequestFailed
+from backend.engine.joined_event import JoinedEvent
 from backend.errors import Cancelled, DeadlineExceeded, EngineFailure, NemoError, QueueFull, RequestError
 from backend.logs import start_logging
 from backend.settings import Settings
 from backend.triton_adapter import tensors
 from backend.triton_adapter.generation_inputs import generation_request
 from backend.triton_adapter.metrics import Metrics
-from backend.triton_adapter.pending import Pending
 from backend.triton_adapter.presence import announce, end_with_server, num_restarts, withdraw
 from backend.triton_adapter.responder import Responder, Stream, make_outputs
 from backend.triton_adapter.tensors import Inputs
@@ -48,7 +48,7 @@ class MistralNemo:
         self._engine = EngineProcess(self._settings, self._on_step, self._on_death)
         self._responder = Responder(self._abort, self._metrics.observe_response, self._metrics.publish)
         self._bounds = self._engine.start(LoadingLog())
-        self._metrics.set_num_request_max(self._bounds.max_num_seqs)
+        self._metrics.set_bounds(self._bounds.max_num_seqs, self._bounds.num_pages)
         self._metrics.set_num_restarts(num_restarts())
         self._metrics.publish_description(self._bounds.description)
         for name, value in sorted(self._bounds.description.items()):
@@ -109,7 +109,7 @@ class MistralNemo:
         if not request.request_id():
             raise RequestError("stop", "needs the request id of the requests to stop, got an empty one")
         self._engine.abort_request_id(request.request_id())
-        nothing = Pending(0, finish=Finish(FinishReason.CANCELLED, "", 0, 0, 0, 0, 0, 0, 0))
+        nothing = JoinedEvent(0, 0, finish=Finish(FinishReason.CANCELLED, "", 0, 0, 0, 0, 0, 0, 0))
         sender.send(
             tensors.response(make_outputs(nothing, 0, 1, set(request.requested_output_names()))), flags=tensors.FINAL
         )

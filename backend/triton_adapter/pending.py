@@ -6,46 +6,8 @@ came meanwhile share one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from backend.engine.events import Finish, TokenEvent
-from backend.engine.plan import TokenLogProbs
-
-
-@dataclass(slots=True)
-class Pending:
-    """The content of one response: ids, the text cut that goes with them, and perhaps the end of the sequence.
-
-    `log_probs` has one entry per generated id when they were asked for, else none; echoed ids have none.
-    """
-
-    sequence_index: int
-    token_ids: list[int] = field(default_factory=list)
-    text_ids: list[int] = field(default_factory=list)
-    text_skip_bytes: int = 0
-    text_take_bytes: int = 0
-    is_closed: bool = False
-    finish: Finish | None = None
-    log_probs: list[TokenLogProbs] = field(default_factory=list)
-
-    def join(self, event: TokenEvent) -> None:
-        """Add the next event of the same sequence.
-
-        Two cuts join without a gap. When the second begins inside an id (it skips bytes), that id is the first one's last: it
-        was cut there, and is not listed twice.
-        """
-        self.token_ids += event.token_ids
-        if event.text_ids:
-            if not self.text_ids:
-                self.text_skip_bytes = event.text_skip_bytes
-                self.text_ids += event.text_ids
-            else:
-                self.text_ids += event.text_ids[1:] if event.text_skip_bytes else event.text_ids
-            self.text_take_bytes += event.text_take_bytes
-        if event.log_prob is not None:
-            self.log_probs.append(event.log_prob)
-        self.is_closed = self.is_closed or event.is_closed
-        self.finish = event.finish
+from backend.engine.events import TokenEvent
+from backend.engine.joined_event import JoinedEvent
 
 
 class PendingQueue:
@@ -58,14 +20,14 @@ class PendingQueue:
     def __init__(self, *, is_streamed: bool, max_tokens: int = 0) -> None:
         self._is_streamed = is_streamed
         self._max_tokens = max_tokens
-        self._queue: list[Pending] = []
-        self._open: dict[int, Pending] = {}
+        self._queue: list[JoinedEvent] = []
+        self._open: dict[int, JoinedEvent] = {}
 
     def add(self, event: TokenEvent) -> bool:
         """Join an event to what is open, or open a new response; returns whether `take` would give something."""
         pending = self._open.get(event.sequence_index)
         if pending is None or (self._is_streamed and (pending.is_closed or self._is_full(pending, event))):
-            pending = self._open[event.sequence_index] = Pending(event.sequence_index)
+            pending = self._open[event.sequence_index] = JoinedEvent(event.handle, event.sequence_index)
             if self._is_streamed:
                 self._queue.append(pending)
         pending.join(event)
@@ -73,7 +35,7 @@ class PendingQueue:
             self._queue.append(pending)
         return bool(self._queue)
 
-    def _is_full(self, pending: Pending, event: TokenEvent) -> bool:
+    def _is_full(self, pending: JoinedEvent, event: TokenEvent) -> bool:
         return 0 < self._max_tokens < len(pending.token_ids) + len(event.token_ids)
 
     @property
@@ -81,7 +43,7 @@ class PendingQueue:
         """Whether `take` left something."""
         return bool(self._queue)
 
-    def take(self, *, everything: bool = False) -> list[Pending]:
+    def take(self, *, everything: bool = False) -> list[JoinedEvent]:
         """What may be sent now, in order: all of it, but one response at a time of a stream with a bound, which has many."""
         num_taken = 1 if self._max_tokens and not everything else len(self._queue)
         taken, self._queue = self._queue[:num_taken], self._queue[num_taken:]

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from backend.engine.events import Finish, TokenEvent
+from backend.engine.joined_event import JoinedEvent
 from backend.engine.request import GenerationRequest
 from backend.errors import NemoError
 from backend.triton_adapter import tensors
 from backend.triton_adapter.log_probs import drawn_tensors, prompt_tensor
-from backend.triton_adapter.pending import Pending, PendingQueue
+from backend.triton_adapter.pending import PendingQueue
 from backend.triton_adapter.stream_chunk import StreamChunk
 
 log = logging.getLogger("nemo.responder")
@@ -52,13 +53,13 @@ class Stream:
         self.failure: NemoError | None = None
         self._cumulated: dict[int, float] = {}
 
-    def response(self, pending: Pending) -> Any:
+    def response(self, pending: JoinedEvent) -> Any:
         """The response that carries `pending`."""
         request = self.request
         made = make_outputs(pending, request.handle, request.num_return_sequences, self.requested_outputs)
         return tensors.response(made + self._log_prob_tensors(pending))
 
-    def _log_prob_tensors(self, pending: Pending) -> list[Any]:
+    def _log_prob_tensors(self, pending: JoinedEvent) -> list[Any]:
         made = []
         if pending.log_probs:
             cumulated = self._cumulated.get(pending.sequence_index, 0.0) + sum(
@@ -76,7 +77,9 @@ class Stream:
         return tensors.response([tensors.array_tensor("stream_chunk", chunk.pack())])
 
 
-def make_outputs(pending: Pending, handle: int, num_return_sequences: int, requested_outputs: set[str]) -> list[Any]:
+def make_outputs(
+    pending: JoinedEvent, handle: int, num_return_sequences: int, requested_outputs: set[str]
+) -> list[Any]:
     """Those of the requested outputs that `pending` has something for, less log-probabilities."""
     outputs = []
     if "stream_chunk" in requested_outputs:
@@ -205,7 +208,7 @@ class Responder:
                 next_tick_s = time.monotonic() + _TICK_S
                 self._tick()
 
-    def _take(self, stream: Stream) -> list[Pending]:
+    def _take(self, stream: Stream) -> list[JoinedEvent]:
         stream.is_due = False
         taken = stream.pending.take(everything=stream.failure is not None)
         if stream.pending.has_more:
@@ -215,7 +218,7 @@ class Responder:
             self._streams.pop(stream.request.handle, None)
         return taken
 
-    def _send(self, stream: Stream, taken: list[Pending]) -> None:
+    def _send(self, stream: Stream, taken: list[JoinedEvent]) -> None:
         try:
             for position, pending in enumerate(taken):
                 is_last = stream.num_unfinished == 0 and position == len(taken) - 1

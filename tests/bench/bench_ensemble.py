@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,23 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.bench.conditions import PROJECT, conditions, write_results
+from tests.bench.tables import ensemble_table
 from tests.checkpoints import make_checkpoint
-from tests.triton.live_server import PROJECT, LiveServer
+from tests.triton.live_server import LiveServer
 from tests.triton.metrics import wait_until_idle
 
-RESULTS = Path(__file__).with_name("results") / "ensemble.json"
 _PROMPT_TOKENS = 64
 _MAX_TOKENS = 512
 _SETTINGS: dict[str, Any] = {"runner": "fake", "kv_cache_tokens": str(2**20)}
-_COLUMNS = {
-    "tokens_per_s": "tokens/s",
-    "responses_per_s": "responses/s",
-    "tokens_per_response": "tokens/response",
-    "first_token_p50_ms": "first token p50, ms",
-    "first_token_p99_ms": "p99",
-    "gap_p50_ms": "gap p50, ms",
-    "gap_p99_ms": "p99",
-}
 
 
 def measure(server: LiveServer, num_streams: int, seconds: float) -> dict[str, Any]:
@@ -69,34 +59,12 @@ def measure_all(streams: Sequence[int], seconds: float) -> list[dict[str, Any]]:
                     wait_until_idle(server, 60.0)
                     cell = measure(server, num_streams, seconds)
                     cells.append({"max_tokens_per_response": max_tokens_per_response} | cell)
-                    print(row(cells[-1]), file=sys.stderr, flush=True)
+                    speed = f"{cell['tokens_per_s']:,.0f} tokens/s, gap p99 {cell['gap_p99_ms']} ms"
+                    print(f"{num_streams} streams: {speed}", file=sys.stderr, flush=True)
                 server.stop()
             finally:
                 server.kill_everything()
     return cells
-
-
-def row(cell: dict[str, Any]) -> str:
-    """A line of the table."""
-    kind = "one token" if cell["max_tokens_per_response"] else "what has come"
-    values = [cell[name] for name in _COLUMNS]
-    numbers = ["none" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}" for value in values]
-    return f"| {kind} | {cell['streams']} | " + " | ".join(numbers) + " |"
-
-
-def conditions(command: str, seconds: float) -> dict[str, Any]:
-    """Where and how the numbers were taken."""
-    git = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "machine": f"{models[0].partition(': ')[2] if models else platform.machine()}, {os.cpu_count()} cores",
-        "load_average_before": round(os.getloadavg()[0], 2),
-        "commit": subprocess.run(git, capture_output=True, text=True, timeout=10, check=False).stdout.strip(),
-        "command": command,
-        "seconds_per_cell": seconds,
-        "prompt_tokens": _PROMPT_TOKENS,
-        "max_tokens": _MAX_TOKENS,
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,17 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64, 256], help="requests at a time")
     parser.add_argument("--no-results", action="store_true", help="only print")
     arguments = parser.parse_args(argv)
-    about = conditions(" ".join(["python -m tests.bench.bench_ensemble", *(argv or sys.argv[1:])]), arguments.seconds)
-    cells = measure_all(arguments.streams, arguments.seconds)
-    print("| a response carries | streams | " + " | ".join(_COLUMNS.values()) + " |")
-    print("|---|" + "---:|" * (len(_COLUMNS) + 1))
-    print("\n".join(map(row, cells)))
-    print(
-        f"\n{about['machine']}, load {about['load_average_before']} before; commit {about['commit']}; `{about['command']}`"
-    )
+    about = conditions("tests.bench.bench_ensemble", sys.argv[1:] if argv is None else argv)
+    about |= {"seconds_per_cell": arguments.seconds, "prompt_tokens": _PROMPT_TOKENS, "max_tokens": _MAX_TOKENS}
+    results = about | {"cells": measure_all(arguments.streams, arguments.seconds)}
+    print(ensemble_table(results))
     if not arguments.no_results:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(about | {"cells": cells}, indent=2) + "\n")
+        write_results("ensemble", results)
     return 0
 
 

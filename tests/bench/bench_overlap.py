@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import os
-import platform
 import pstats
-import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -24,6 +22,8 @@ from backend.engine.plan import PAGE_TOKENS
 from backend.engine.request import GenerationRequest
 from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
 from backend.runner.fake_runner import FakeRunner
+from tests.bench.conditions import conditions, write_results
+from tests.bench.tables import overlap_table
 
 _PROMPT_TOKENS = 64
 _TOKEN_BYTES = (*([b""] * 1000), *(bytes([byte]) for byte in range(256)))
@@ -81,19 +81,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--step-ms", type=float, default=3.0)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--no-results", action="store_true", help="only print")
     arguments = parser.parse_args(argv)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, commit {commit}")
-    print("| sequences | device idle, % | host per step, ms | step, ms |\n|---|---|---|---|")
+    results = conditions("tests.bench.bench_overlap", sys.argv[1:] if argv is None else argv)
+    results |= {"step_ms": arguments.step_ms, "steps": arguments.steps, "cells": []}
     for num_sequences in arguments.sequences:
         loop = Loop(num_sequences, arguments.step_ms / 1000, arguments.steps)
         loop.run(is_profiled=arguments.profile)
-        idle, host_ms = 100 * loop.idle_s / loop.wall_s, 1000 * loop.cpu_s / arguments.steps
-        print(f"| {num_sequences} | {idle:.1f} | {host_ms:.2f} | {1000 * loop.wall_s / arguments.steps:.2f} |")
+        cell = {
+            "sequences": num_sequences,
+            "idle_percent": round(100 * loop.idle_s / loop.wall_s, 2),
+            "host_ms_per_step": round(1000 * loop.cpu_s / arguments.steps, 3),
+            "step_ms": round(1000 * loop.wall_s / arguments.steps, 3),
+        }
+        results["cells"].append(cell)
+        print(cell, file=sys.stderr, flush=True)
         if arguments.profile:
             loop.print_profile()
+    print(overlap_table(results))
+    if not arguments.no_results and not arguments.profile:
+        write_results("overlap", results)
 
 
 if __name__ == "__main__":

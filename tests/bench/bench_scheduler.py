@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import gc
 import itertools
-import platform
 import statistics
-import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 
@@ -25,6 +23,8 @@ from backend.engine.plan import StepPlan
 from backend.engine.request import GenerationRequest, SamplingParams
 from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
 from backend.runner.fake_runner import FakeRunner, FakeStep
+from tests.bench.conditions import conditions, write_results
+from tests.bench.tables import scheduler_table
 
 _FIRST_ID = 1000
 _TOKEN_BYTES = (b"",) * _FIRST_ID + tuple(bytes([byte]) for byte in range(256))
@@ -91,30 +91,20 @@ class Load:
             )
 
 
-def machine() -> str:
-    """Processor, Python and commit, so that a number can be placed."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    commit = git.stdout.strip() if git.returncode == 0 else "none"
-    return f"{processor}, Python {platform.python_version()}, commit {commit}, {time.strftime('%Y-%m-%d')}"
-
-
 def main() -> None:
-    """Print the table."""
-    print(machine())
-    print(f"{'sequences':>9} {'stop strings':>12} {'plan us':>9} {'commit us':>9} {'message us':>10} {'total us':>9}")
+    """Measure, print the table and keep it."""
+    results = conditions("tests.bench.bench_scheduler", ()) | {"cells": []}
     for num_running, stops in itertools.product((1, 64, 256, 1024), ((), _STOPS)):
         load = Load(num_running, stops)
         for _ in range(_NUM_WARM_UP_STEPS):
             load.step_times_us()
         gc.collect()
         steps = [load.step_times_us() for _ in range(_NUM_STEPS)]
-        medians = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
-        print(
-            f"{num_running:>9} {len(stops):>12} {medians['plan']:>9.0f} {medians['commit']:>9.0f} "
-            f"{medians['message']:>10.0f} {medians['total']:>9.0f}"
-        )
+        medians = {f"{name}_us": round(statistics.median(step[name] for step in steps), 1) for name in steps[0]}
+        results["cells"].append({"sequences": num_running, "stop_strings": len(stops)} | medians)
+        print(results["cells"][-1], file=sys.stderr, flush=True)
+    print(scheduler_table(results))
+    write_results("scheduler", results)
 
 
 if __name__ == "__main__":

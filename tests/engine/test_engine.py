@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from backend.engine.engine import CompileGuide, Engine
-from backend.engine.events import EngineStats, FailureKind, FinishReason, RequestFailed, TokenEvent
+from backend.engine.events import STEP_TIME_BOUNDS_S, EngineStats, FailureKind, FinishReason, RequestFailed, TokenEvent
 from backend.engine.plan import StepPlan, StepResult
 from backend.engine.request import GenerationRequest, GuideSpec, SamplingParams
 from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
@@ -155,7 +156,7 @@ def run_to_the_end(runner: Any, request: GenerationRequest, compile_guide: Compi
 
     def emit(events: list[Event], stats: EngineStats) -> None:
         emitted.extend(events)
-        if not stats.num_pages_held:
+        if not stats.num_pages_held and emitted:
             engine.stop()
 
     engine = Engine(Scheduler(LIMITS, TOKEN_BYTES, EOS), runner, emit, compile_guide)
@@ -255,9 +256,12 @@ def test_the_age_of_a_turn_grows_while_a_step_hangs_and_is_0_when_idle() -> None
     recorder.wait_for(lambda: recorder.is_ended(1) and recorder.is_idle())
     threading.Event().wait(0.02)
     assert engine.turn_age_s == 0
-    busy_s = [stats.busy_s for stats in recorder.stats]
-    assert busy_s == sorted(busy_s)
-    assert busy_s[-1] >= 0.05
+    step_times_s = [stats.step_time_s for stats in recorder.stats]
+    assert step_times_s == sorted(step_times_s)
+    assert step_times_s[-1] >= 0.05
+    counts = recorder.stats[-1].step_time_counts
+    assert sum(counts) == 2, "one turn launched the step, another committed it"
+    assert sum(counts[bisect_left(STEP_TIME_BOUNDS_S, 0.05) :]) == 1, "which took longer"
     engine.stop()
     thread.join(TIMEOUT_S)
     assert not thread.is_alive()

@@ -89,7 +89,7 @@ def test_with_log_probabilities_every_id_is_drawn() -> None:
     trace = Trace(LIMITS, 1)
     trace.play([[Add(ask(1, num_logprobs=1))]])
     assert num_forced(trace) == []
-    assert all(event.log_prob for event in trace.events[1] if isinstance(event, TokenEvent))
+    assert all(event.log_probs for event in trace.events[1] if isinstance(event, TokenEvent))
 
 
 def test_forced_ids_across_a_page_border_find_their_pages() -> None:

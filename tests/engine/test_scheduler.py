@@ -167,7 +167,7 @@ def test_log_probabilities_reach_the_rows_they_belong_to() -> None:
     assert [row.slot_start.num_logprobs for row in plan.rows if row.slot_start] == [None, 2]
     given = TokenLogProbs(-0.5, 1, (A, B), (-0.5, -1.5))
     events = scheduler.commit(plan, StepResult((A, A), (None, given)), 0)
-    assert [event.log_prob for event in events if isinstance(event, TokenEvent)] == [None, given]
+    assert [event.log_probs for event in events if isinstance(event, TokenEvent)] == [(), (given,)]
 
 
 def test_a_deadline_is_an_error_before_the_first_token() -> None:

@@ -19,6 +19,7 @@ from tests.engine.trace import Abort, AbortAll, AbortRequestId, Add, Order, Pass
 
 MAX_REQUESTS = 10
 MIN_PAGES = 4
+MOST_COMPILE_TURNS = 3
 NUM_EXAMPLES = 200
 ROOMY = SchedulerLimits(num_pages=16, max_num_seqs=4, max_step_tokens=1000, max_queued_requests=4)
 ROUND = settings(max_examples=NUM_EXAMPLES, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -121,14 +122,14 @@ def test_every_request_is_answered_once_and_whole(
     trace: tuple[SchedulerLimits, list[list[Order]]], num_steps_ahead: int
 ) -> None:
     limits, turns = trace
-    Trace(limits, num_steps_ahead).play(turns)
+    Trace(limits, num_steps_ahead, MOST_COMPILE_TURNS).play(turns)
 
 
 @settings(ROUND, max_examples=NUM_EXAMPLES // 2)
 @given(trace=traces())
 def test_the_same_trace_gives_the_same_plans(trace: tuple[SchedulerLimits, list[list[Order]]]) -> None:
     limits, turns = trace
-    first, second = Trace(limits, 1), Trace(limits, 1)
+    first, second = Trace(limits, 1, MOST_COMPILE_TURNS), Trace(limits, 1, MOST_COMPILE_TURNS)
     first.play(turns)
     second.play(turns)
     assert first.plans == second.plans
@@ -145,7 +146,7 @@ def test_answers_do_not_depend_on_limits_or_company(
     together = []
     for limits, num_steps_ahead in zip([trace[0], *others], (1, 0, 1), strict=True):
         patient = replace(limits, max_queued_requests=MAX_REQUESTS, max_queued_tokens=0, default_deadline_ms=0)
-        played = Trace(patient, num_steps_ahead)
+        played = Trace(patient, num_steps_ahead, MOST_COMPILE_TURNS)
         played.play(turns)
         together.append(answers(played))
     alone: dict[tuple[int, int], tuple[Any, ...]] = {}

@@ -60,10 +60,11 @@ def _is_deadline(event: Event) -> bool:
 class Trace:
     """One run. `num_steps_ahead` 1 is the engine's own order: plan(t + 1), launch(t + 1), commit(t), draw what needs masks.
 
-    Guides need the ids of the step before, so not more than one step ahead.
+    Guides need the ids of the step before, so not more than one step ahead. A guide is compiled for up to
+    `most_compile_turns`, which depends on its request's handle.
     """
 
-    def __init__(self, limits: SchedulerLimits, num_steps_ahead: int) -> None:
+    def __init__(self, limits: SchedulerLimits, num_steps_ahead: int, most_compile_turns: int = 0) -> None:
         self.scheduler = Scheduler(limits, TOKEN_BYTES, EOS_ID)
         self.device = Device(limits.num_pages, limits.max_num_seqs, limits.num_host_pages)
         self.plans: list[StepPlan] = []
@@ -73,15 +74,17 @@ class Trace:
         self.aborted: set[int] = set()
         self.now_ns = 1_000_000_000
         self._num_steps_ahead = num_steps_ahead
+        self._most_compile_turns = most_compile_turns
+        self._compiling: dict[int, int] = {}
         self._in_flight: deque[tuple[StepPlan, DeviceStep]] = deque()
 
     def play(self, turns: Sequence[Sequence[Order]]) -> None:
         """Carry out the orders, one list a turn, then go on until nothing is left."""
         for orders in turns:
             self.turn(orders)
-        most_turns = self._most_steps_left() + self._num_steps_ahead + 2
+        most_turns = self._most_steps_left() + self._num_steps_ahead + 2 + self._most_compile_turns
         num_turns = 0
-        while self.scheduler.has_work or self._in_flight:
+        while self.scheduler.has_work or self._in_flight or self._compiling:
             num_turns += 1
             assert num_turns <= most_turns, f"not ready after {most_turns} turns: a request starves"
             self.turn(())
@@ -92,6 +95,7 @@ class Trace:
         self.now_ns += TURN_NS
         for order in orders:
             self._carry_out(order)
+        self._compile()
         self._record(self.scheduler.expire(self.now_ns))
         for handle in self.requests:
             assert self.is_ended(handle) or self._deadline_ns(handle) > self.now_ns, "the deadline was overlooked"
@@ -164,7 +168,8 @@ class Trace:
     def _add(self, request: GenerationRequest) -> None:
         num_waiting = self.scheduler.stats().num_requests_waiting
         limit, token_limit = self.scheduler.limits.max_queued_requests, self.scheduler.limits.max_queued_tokens
-        guide = None if request.guide is None else compile_places(request.guide)
+        compile_turns = request.handle % (self._most_compile_turns + 1)
+        guide = None if request.guide is None or compile_turns else compile_places(request.guide)
         try:
             self.scheduler.add(request, self.now_ns, guide)
         except QueueFull:
@@ -174,6 +179,19 @@ class Trace:
         self.requests[request.handle] = request
         self.arrivals_ns[request.handle] = self.now_ns
         self.events[request.handle] = []
+        if request.guide is not None and guide is None:
+            self._compiling[request.handle] = compile_turns
+
+    def _compile(self) -> None:
+        """Guides become ready in the order in which they were asked for or another; the request may have ended meanwhile."""
+        for handle in list(self._compiling):
+            self._compiling[handle] -= 1
+            if self._compiling[handle] < 0:
+                del self._compiling[handle]
+                guide = self.requests[handle].guide
+                assert guide is not None
+                assert self.scheduler.is_listed(handle) != self.is_ended(handle)
+                self._record(self.scheduler.give_guide(handle, compile_places(guide)))
 
     def _record(self, events: list[Event]) -> None:
         for event in events:
@@ -278,7 +296,7 @@ class Trace:
         assert times[0] == self.arrivals_ns[request.handle]
         assert (times == tuple(sorted(times)) and times[1] > 0) if outputs else times[2] == 0
 
-        given = [event.log_prob for event in events if event.log_prob is not None]
+        given = [log_prob for event in events for log_prob in event.log_probs]
         assert given == [log_prob for log_prob in expected.log_probs[: len(outputs)] if log_prob is not None]
         self._check_prompt(request, index, finish)
 

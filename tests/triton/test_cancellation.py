@@ -133,6 +133,14 @@ def test_client_package_cancels_when_its_generator_is_closed(idle_server: LiveSe
         responses.close()
 
 
+def test_client_package_stops_what_another_client_runs(idle_server: LiveServer) -> None:
+    with taken_back(idle_server, CANCELLED), grpc_stream(idle_server) as other, Client(idle_server.grpc_url) as client:
+        other.send("ensemble", "mine", **LONG, stream=True)
+        other.next()
+        client.stop("mine")
+        assert [reply.values("finish_reason") for reply in other.until_final(10.0)][-1] == ["cancelled"]
+
+
 @pytest.mark.parametrize("model", ["ensemble", "mistral_nemo"])
 def test_stop_by_request_id(idle_server: LiveServer, model: str) -> None:
     with grpc_stream(idle_server) as stays, grpc_stream(idle_server) as first, grpc_stream(idle_server) as second:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from client import Client, GenerationParams
 from tests.triton.calls import Answer, ask, generate
 from tests.triton.conftest import StartServer
 from tests.triton.live_server import LiveServer, http_get, kill, wait_until
@@ -62,6 +63,27 @@ def test_return_log_probs_alone_sends_no_alternatives(server: LiveServer) -> Non
     answer = ask(server, text_input=PROMPT, max_tokens=3, return_log_probs=True)
     assert len(floats(answer, "output_log_probs")) == 3
     assert "top_log_probs" not in answer.replies[-1].tensors
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_the_client_package_gives_log_probabilities_and_follows_guides(server: LiveServer, protocol: Any) -> None:
+    url = server.grpc_url if protocol == "grpc" else server.http_url
+    expected = ask(server, text_input=PROMPT, max_tokens=8, num_logprobs=3, prompt_logprobs=1)
+    with Client(url, protocol=protocol, timeout_s=60.0) as client:
+        params = GenerationParams(max_tokens=8, num_logprobs=3, prompt_logprobs=1)
+        responses = list(client.generate(PROMPT, params))
+        guide = GenerationParams(
+            max_tokens=20, guided_decoding_guide_type="regex", guided_decoding_guide="[a-c]{3}-[0-9]{2}"
+        )
+        assert re.fullmatch("[a-c]{3}-[0-9]{2}", "".join(each.text for each in client.generate(PROMPT, guide)))
+    assert [value for each in responses for value in each.output_log_probs] == pytest.approx(
+        floats(expected, "output_log_probs"), rel=1e-6
+    )
+    assert responses[-1].cum_log_probs == pytest.approx(expected.replies[-1].value("cum_log_probs"), rel=1e-6)
+    assert [place for each in responses for place in each.top_log_probs] == json.loads(
+        expected.replies[-1].value("top_log_probs")
+    )
+    assert list(responses[-1].prompt_log_probs) == json.loads(expected.replies[-1].value("prompt_log_probs"))
 
 
 def test_a_prompt_is_scored_without_generating(server: LiveServer) -> None:

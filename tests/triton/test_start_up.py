@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import re
 import shutil
 import socket
@@ -104,7 +105,9 @@ def test_missing_libpython(
     )
 
 
-@pytest.mark.parametrize("problem", ["tokenizer of another model", "no tokenizer", "broken weights"])
+@pytest.mark.parametrize(
+    "problem", ["tokenizer of another model", "no tokenizer", "broken weights", "quantised as AWQ"]
+)
 def test_checkpoint_that_turns_out_wrong_while_loading(
     checkpoint: Path, start_server: StartServer, tmp_path: Path, problem: str
 ) -> None:
@@ -117,6 +120,10 @@ def test_checkpoint_that_turns_out_wrong_while_loading(
     elif problem == "no tokenizer":
         (wrong / "tekken.json").unlink()
         wanted = "tekken.json"
+    elif problem == "quantised as AWQ":
+        config = json.loads((wrong / "config.json").read_text())
+        (wrong / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+        wanted = "quantization_config.quant_method is not served (served are FP8 (e4m3)"
     else:
         (wrong / "model.safetensors").write_bytes((wrong / "model.safetensors").read_bytes()[:100_000])
         wanted = "model.safetensors"

@@ -6,9 +6,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from backend.engine.events import Finish, FinishReason, TokenEvent
+from backend.engine.joined_event import JoinedEvent
 from backend.engine.stop_matcher import StopString
 from backend.engine.text_stream import TextStream
-from backend.triton_adapter.pending import Pending, PendingQueue
+from backend.triton_adapter.pending import PendingQueue
 from tests.engine.text_oracle import decode_cut
 
 TOKEN_BYTES: tuple[bytes, ...] = (
@@ -47,13 +48,13 @@ def make_events(token_ids: list[list[int]], order: list[int]) -> list[TokenEvent
     return events
 
 
-def text_of(pending: Pending) -> str:
+def text_of(pending: JoinedEvent) -> str:
     return decode_cut(TOKEN_BYTES, pending.text_ids, pending.text_skip_bytes, pending.text_take_bytes)
 
 
-def send_all(events: list[TokenEvent], takes: list[bool], *, is_streamed: bool) -> list[Pending]:
+def send_all(events: list[TokenEvent], takes: list[bool], *, is_streamed: bool) -> list[JoinedEvent]:
     queue = PendingQueue(is_streamed=is_streamed)
-    sent: list[Pending] = []
+    sent: list[JoinedEvent] = []
     for position, event in enumerate(events):
         is_due = queue.add(event)
         if takes[position % len(takes)]:

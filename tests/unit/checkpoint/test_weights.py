@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from backend.checkpoint import weights as weights_module
+from backend.checkpoint import weight_loader
+from backend.checkpoint.matrix import WeightFormat
 from backend.checkpoint.model_config import read_model_config
 from backend.checkpoint.tensor_files import open_tensors
-from backend.checkpoint.weights import Weights, load_weights, weight_bytes
+from backend.checkpoint.weight_loader import load_weights
+from backend.checkpoint.weights import Weights, weight_bytes
 from backend.errors import ConfigError
 from tests.checkpoints import TinyConfig, make_checkpoint, random_tensors, write_json, write_shards
 
@@ -22,30 +24,37 @@ CPU = torch.device("cpu")
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Weights:
-    return load_weights(folder, read_model_config(folder), device=CPU, dtype=dtype)
+    return load_weights(folder, read_model_config(folder), device=CPU, weight_format=WeightFormat(dtype))
 
 
 def all_tensors(weights: Weights) -> list[torch.Tensor]:
     layers = [
         tensor
         for layer in weights.layers
-        for tensor in (layer.attention_norm, layer.qkv, layer.output, layer.ffn_norm, layer.gate_up, layer.down)
+        for tensor in (
+            layer.attention_norm,
+            layer.qkv.values,
+            layer.output.values,
+            layer.ffn_norm,
+            layer.gate_up.values,
+            layer.down.values,
+        )
     ]
-    return [weights.embedding, weights.norm, weights.head, *layers]
+    return [weights.embedding, weights.norm, weights.head.values, *layers]
 
 
 def test_where_every_tensor_goes(tmp_path: Path) -> None:
     weights, source = load(make_checkpoint(tmp_path)), random_tensors(TinyConfig(), 0)
     assert torch.equal(weights.embedding, source["model.embed_tokens.weight"])
     assert torch.equal(weights.norm, source["model.norm.weight"])
-    assert torch.equal(weights.head, source["lm_head.weight"])
+    assert torch.equal(weights.head.values, source["lm_head.weight"])
     for index, layer in enumerate(weights.layers):
         its = {name.removeprefix(f"model.layers.{index}."): tensor for name, tensor in source.items()}
         q, k, v = (its[f"self_attn.{name}_proj.weight"] for name in "qkv")
-        assert torch.equal(layer.qkv, torch.cat((q, k, v)))
-        assert torch.equal(layer.output, its["self_attn.o_proj.weight"])
-        assert torch.equal(layer.gate_up, torch.cat((its["mlp.gate_proj.weight"], its["mlp.up_proj.weight"])))
-        assert torch.equal(layer.down, its["mlp.down_proj.weight"])
+        assert torch.equal(layer.qkv.values, torch.cat((q, k, v)))
+        assert torch.equal(layer.output.values, its["self_attn.o_proj.weight"])
+        assert torch.equal(layer.gate_up.values, torch.cat((its["mlp.gate_proj.weight"], its["mlp.up_proj.weight"])))
+        assert torch.equal(layer.down.values, its["mlp.down_proj.weight"])
         assert torch.equal(layer.attention_norm, its["input_layernorm.weight"])
         assert torch.equal(layer.ffn_norm, its["post_attention_layernorm.weight"])
 
@@ -90,8 +99,8 @@ def test_dtypes_and_bytes(tmp_path: Path, source: torch.dtype, dtype: torch.dtyp
     assert torch.equal(weights.embedding, expected.to(source).to(dtype))
     assert weights.norm.dtype == torch.float32
     storages = {tensor.data_ptr(): tensor.numel() * tensor.itemsize for tensor in all_tensors(weights)}
-    assert sum(storages.values()) == weight_bytes(read_model_config(tmp_path), dtype)
-    assert (weights.head is weights.embedding) == tie_word_embeddings
+    assert sum(storages.values()) == weight_bytes(read_model_config(tmp_path), WeightFormat(dtype))
+    assert (weights.head.values is weights.embedding) == tie_word_embeddings
 
 
 def test_progress_ends_at_the_total(tmp_path: Path) -> None:
@@ -99,7 +108,11 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     config = read_model_config(tmp_path)
     load_weights(
-        tmp_path, config, device=CPU, dtype=torch.float32, progress=lambda done, total: seen.append((done, total))
+        tmp_path,
+        config,
+        device=CPU,
+        weight_format=WeightFormat(torch.float32),
+        progress=lambda done, total: seen.append((done, total)),
     )
     tensors = random_tensors(TinyConfig(), 0)
     total = sum(tensor.numel() * 2 for tensor in tensors.values())
@@ -128,7 +141,7 @@ def test_one_source_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with open_tensors(path) as file:
             yield Watched(file)
 
-    monkeypatch.setattr(weights_module, "open_tensors", watched)
+    monkeypatch.setattr(weight_loader, "open_tensors", watched)
     load(tmp_path)
 
 

@@ -120,6 +120,18 @@ def test_sends_what_is_set_and_nothing_else(fake: FakeTriton, client: Client, pr
         assert first.parameters["path"] == "/v2/models/ensemble/generate_stream"
 
 
+def test_stop_names_the_requests_by_their_id(fake: FakeTriton, client: Client) -> None:
+    fake.script = lambda _: [Reply({"finish_reason": ["cancelled"]}, final=True)]
+    client.stop("mine")
+    (received,) = fake.received
+    assert (received.request_id, {name: received.values(name) for name in received.inputs}) == (
+        "mine",
+        {"stop": [True]},
+    )
+    with pytest.raises(ValueError, match=r"^request_id: "):
+        client.stop("")
+
+
 def test_samples_are_told_apart(fake: FakeTriton, client: Client) -> None:
     def script(received: Received) -> Iterator[Step]:
         for index in range(received.values("num_return_sequences")[0]):

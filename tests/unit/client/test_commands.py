@@ -73,6 +73,7 @@ def test_every_flag_arrives_at_the_server(fake: FakeTriton, capsys: pytest.Captu
         "--repetition-penalty 1.5 --presence-penalty 0.5 --frequency-penalty -0.5 --deadline-ms 900 --priority 2"
     )
     argv = ["Once", "--raw", *flags.split(), *penalties.split(), "--stop", "a", "--stop", "b c", "--ignore-eos"]
+    argv += ["--guide", "regex", "a+"]
     assert client.__main__.main([*argv, "--no-stream", "--quiet", "--model", "m", *server_flags(fake)]) == 0
     received = fake.received[0]
     assert received.model == "m"
@@ -93,6 +94,8 @@ def test_every_flag_arrives_at_the_server(fake: FakeTriton, capsys: pytest.Captu
         "num_return_sequences": [1],
         "priority": [2],
         "deadline_ms": [900],
+        "guided_decoding_guide_type": ["regex"],
+        "guided_decoding_guide": ["a+"],
         "stream": [False],
     }
     assert capsys.readouterr().err == ""

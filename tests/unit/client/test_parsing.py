@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import re
 import struct
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,19 +107,53 @@ def test_what_a_tensor_cannot_hold_is_refused_by_name(field: str, value: object,
         params.tensors()
 
 
+def test_every_input_of_the_ensemble_can_be_sent() -> None:
+    """But for second names, what TensorRT-LLM's requests must leave neutral, and what the client sends itself."""
+    config = (Path(__file__).parents[3] / "model_repository/ensemble/config.pbtxt").read_text()
+    declared = dict(re.findall(r'name: "(\w+)"\s+data_type: TYPE_(\w+)', config.partition("output [")[0]))
+    own = {"text_input", "messages", "tools", "prompt_token_ids", "stream", "stop"}
+    others = {"min_length", "random_seed", "pad_id", "beam_width", "length_penalty", "early_stopping"}
+    others |= {name for name in declared if name.startswith("return_") and name != "return_log_probs"}
+    tensors = {tensor.name: tensor for tensor in all_params().tensors()}
+    assert set(declared) - own - others == set(tensors)
+    for name, tensor in tensors.items():
+        assert tensor.datatype == declared[name].replace("STRING", "BYTES"), name
+
+
+def test_log_probabilities_are_read() -> None:
+    place = {"log_prob": -0.5, "rank": 1, "top": []}
+    outputs: dict[str, list[Any]] = {
+        "output_log_probs": [-0.5, -1.0],
+        "cum_log_probs": [-1.5],
+        "top_log_probs": [json.dumps([place, place])],
+        "prompt_log_probs": [json.dumps([None, place])],
+    }
+    response = Response.from_json({name: each if len(each) > 1 else each[0] for name, each in outputs.items()})
+    assert (response.output_log_probs, response.cum_log_probs) == ((-0.5, -1.0), -1.5)
+    assert (response.top_log_probs, response.prompt_log_probs) == ((place, place), (None, place))
+    assert Response.from_outputs(outputs) == response
+    with pytest.raises(BrokenStream, match="wrong type"):
+        Response.from_outputs({"top_log_probs": ["no JSON"]})
+
+
 def test_one_string_is_not_a_list_of_strings() -> None:
     with pytest.raises(TypeError, match=r"^stop_words: "):
         GenerationParams(stop_words="END")
 
 
-def test_every_field_becomes_a_tensor() -> None:
-    fields = [field.name for field in dataclasses.fields(GenerationParams)]
-    values: dict[str, object] = dict.fromkeys(fields, 1)
+def all_params() -> GenerationParams:
+    """Every field set."""
+    values: dict[str, object] = dict.fromkeys((field.name for field in dataclasses.fields(GenerationParams)), 1)
     values |= {"stop_words": ["a"], "bad_words": ["a"], "stop_token_ids": [1], "logit_bias": {1: 2.0}}
-    values |= {"ignore_eos": True, "exclude_input_in_output": False, "cache_salt": "s"}
-    names = [tensor.name for tensor in GenerationParams(**values).tensors()]  # type: ignore[arg-type]
-    expected = {*fields, "logit_bias_ids", "logit_bias_values"} - {"logit_bias"}
-    assert sorted(names) == sorted(expected)
+    values |= {"ignore_eos": True, "exclude_input_in_output": False, "cache_salt": "s", "return_log_probs": True}
+    values |= {"embedding_bias": {"a": 1.0}, "guided_decoding_guide_type": "json", "guided_decoding_guide": ""}
+    return GenerationParams(**values)  # type: ignore[arg-type]
+
+
+def test_every_field_becomes_a_tensor() -> None:
+    expected = {field.name for field in dataclasses.fields(GenerationParams)} - {"logit_bias", "embedding_bias"}
+    expected |= {"logit_bias_ids", "logit_bias_values", "embedding_bias_words", "embedding_bias_weights"}
+    assert sorted(tensor.name for tensor in all_params().tensors()) == sorted(expected)
     assert GenerationParams().tensors() == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from backend.checkpoint.matrix import Matrix
 from backend.engine.plan import PlanRow
 from backend.runner.attention import attend
 from backend.runner.linear import linear
@@ -24,14 +25,14 @@ def test_every_linear_product_has_16_rows(num_rows: int, monkeypatch: pytest.Mon
         return mm(a, b, out=out)
 
     monkeypatch.setattr(torch, "mm", counted)
-    result = linear(x, weight, is_tiled=True)
+    result = linear(x, Matrix(weight), is_tiled=True)
     assert row_counts == [16] * (num_rows // 16)
     torch.testing.assert_close(result, x @ weight.T)
 
 
 def test_rows_that_fill_no_tile_are_refused() -> None:
     with pytest.raises(AssertionError):
-        linear(torch.randn(17, 32), torch.randn(24, 32), is_tiled=True)
+        linear(torch.randn(17, 32), Matrix(torch.randn(24, 32)), is_tiled=True)
 
 
 def test_attention_is_softmax_over_what_is_visible() -> None:

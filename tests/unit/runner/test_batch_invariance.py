@@ -31,7 +31,7 @@ PARAMS = (
 )
 
 
-@pytest.fixture(scope="module", params=[("fp32", 2), ("bf16", 1)], ids=str)
+@pytest.fixture(scope="module", params=[("fp32", 2), ("bf16", 1), ("fp8", 1)], ids=str)
 def driver(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Driver]:
     folder = make_checkpoint(tmp_path_factory.mktemp("tiny"), num_heads=8, num_kv_heads=2)
     weight_dtype, num_threads = request.param
@@ -42,6 +42,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
         max_num_seqs=NUM_SLOTS,
         max_model_len=512,
         weight_dtype=weight_dtype,
+        kv_dtype="fp8" if weight_dtype == "fp8" else "auto",
         num_threads=num_threads,  # two, because the splits that threads make are part of what is promised
     )
     assert runner.describe()["batch_invariant"] == "yes"

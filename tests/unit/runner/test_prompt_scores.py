@@ -11,7 +11,7 @@ import torch
 
 from backend.engine.plan import PlanRow, SlotStart, StepPlan
 from backend.errors import EngineFailure
-from backend.runner import prompt_scores
+from backend.runner import memory_plan, prompt_scores
 from backend.runner.torch_runner import TorchRunner
 from backend.runner.work_items import IntArray
 from tests.checkpoints import TinyConfig, make_checkpoint, random_tensors, write_shards
@@ -73,7 +73,7 @@ def test_a_scored_prompt_draws_nothing_and_may_be_one_token(driver: Driver) -> N
 
 def test_logits_of_few_positions_are_held_at_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = scored(driver).prompt_log_probs
-    assert len(expected) == 149 > prompt_scores.PIECE_ROWS
+    assert len(expected) == 149 > memory_plan.PIECE_ROWS
     monkeypatch.setattr(prompt_scores, "PIECE_ROWS", 7)
     logits_of, counts = driver.runner._transformer.logits, []
 

@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 
+from backend.checkpoint.matrix import Matrix
 from backend.checkpoint.model_config import read_model_config
 from backend.engine.plan import PlanRow, SlotStart, StepPlan
 from backend.engine.request import SamplingParams
 from backend.errors import ConfigError
 from backend.runner import invariance
 from backend.runner.invariance import find_dependence
-from backend.runner.kv_pages import KvPages, page_bytes
+from backend.runner.kv_pages import KvPages
 from backend.runner.linear import linear
+from backend.runner.memory_plan import page_bytes
 from backend.runner.model_runner import ModelRunner
 from backend.runner.placement import choose_placement, num_physical_cores
 from backend.runner.torch_runner import TorchRunner
@@ -44,6 +46,7 @@ def test_it_is_a_model_runner_and_says_what_it_is(folder: Path) -> None:
         "runner": "torch",
         "device": "cpu (1 threads)",
         "weight_dtype": "fp32",
+        "head_dtype": "fp32",
         "kv_dtype": "fp32",
         "batch_invariant": "yes",
     }
@@ -64,8 +67,9 @@ def test_dtypes_as_set(folder: Path) -> None:
         ({"device": "tpu"}, "device: must be auto, cpu, cuda or cuda:<index>, got 'tpu'"),
         ({"device": "meta"}, "device: must be auto, cpu, cuda or cuda:<index>, got 'meta'"),
         ({"device": "cuda:99"}, "device: 'cuda:99' is not there, PyTorch sees [0-9]+ CUDA devices"),
-        ({"weight_dtype": "int3"}, "weight_dtype: must be one of auto, fp32, bf16, got 'int3'"),
-        ({"kv_dtype": "fp8"}, "kv_dtype: must be one of auto, fp32, bf16, got 'fp8'"),
+        ({"weight_dtype": "int3"}, "weight_dtype: must be one of auto, fp32, bf16, fp8, got 'int3'"),
+        ({"kv_dtype": "fp4"}, "kv_dtype: must be one of auto, fp32, bf16, fp8, got 'fp4'"),
+        ({"head_dtype": "bf16"}, "head_dtype: must be auto, fp8 or as the embedding, which is fp32 here, got 'bf16'"),
         ({"num_pages": 0}, "num_pages: must be at least 1, got 0"),
         ({"num_host_pages": -1}, "num_host_pages: must be at least 0, got -1"),
         ({"max_num_seqs": 0}, "max_num_seqs: must be at least 1, got 0"),
@@ -81,12 +85,12 @@ def test_auto_on_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     chosen = choose_placement()
-    assert (chosen.device, chosen.weight_dtype, chosen.kv_dtype) == (
+    assert (chosen.device, chosen.weight_format.dense, chosen.kv_dtype) == (
         torch.device("cuda:0"),
         torch.bfloat16,
         torch.bfloat16,
     )
-    assert choose_placement("cpu").weight_dtype == torch.float32
+    assert choose_placement("cpu").weight_format.dense == torch.float32
 
 
 def test_physical_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,12 +108,12 @@ def test_num_threads_is_set(folder: Path) -> None:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 def test_bytes_of_pages(folder: Path, dtype: torch.dtype) -> None:
     config = read_model_config(folder)
     pages = KvPages(config, 5, device=CPU, dtype=dtype)
     held = sum(tensor.nbytes for layer in range(config.num_layers) for tensor in pages.tiles(layer))
-    assert held == 5 * page_bytes(config, dtype)
+    assert held == 5 * page_bytes(config, dtype.itemsize)
 
 
 @pytest.mark.parametrize(
@@ -142,11 +146,11 @@ def test_a_step_is_drawn_once_and_before_anything_that_needs_its_ids(folder: Pat
 
 
 def test_dependence_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(32, 64)
+    weight = Matrix(torch.randn(32, 64))
     assert find_dependence([weight], 64) is None
     bmm, exp = torch.bmm, torch.exp
 
-    def by_row(x: torch.Tensor, weight: torch.Tensor, *, is_tiled: bool) -> torch.Tensor:
+    def by_row(x: torch.Tensor, weight: Matrix, *, is_tiled: bool) -> torch.Tensor:
         y = linear(x, weight, is_tiled=is_tiled)
         return y + torch.arange(len(y))[:, None] * 1e-5
 

@@ -1,0 +1,132 @@
+"""The tables of the project's README that hold measurements: `python -m tests.bench.tables` writes them from results/."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.bench.conditions import PROJECT, read_results
+
+README = PROJECT / "README.md"
+_ENSEMBLE_COLUMNS = {
+    "tokens_per_s": "tokens/s",
+    "responses_per_s": "responses/s",
+    "tokens_per_response": "tokens/response",
+    "first_token_p50_ms": "first token p50, ms",
+    "first_token_p99_ms": "p99",
+    "gap_p50_ms": "gap p50, ms",
+    "gap_p99_ms": "p99",
+}
+
+
+def ensemble_table(results: dict[str, Any]) -> str:
+    """Of bench_ensemble."""
+    lines = ["| a response carries | streams | " + " | ".join(_ENSEMBLE_COLUMNS.values()) + " |"]
+    lines += ["|---|" + "---:|" * (len(_ENSEMBLE_COLUMNS) + 1)]
+    for cell in results["cells"]:
+        kind = "one token" if cell["max_tokens_per_response"] else "what has come"
+        numbers = " | ".join(_number(cell[name]) for name in _ENSEMBLE_COLUMNS)
+        lines.append(f"| {kind} | {cell['streams']} | {numbers} |")
+    return "\n".join(lines)
+
+
+def overlap_table(results: dict[str, Any]) -> str:
+    """Of bench_overlap."""
+    lines = ["| sequences | device idle, % | host per step, ms |", "|---:|---:|---:|"]
+    for cell in results["cells"]:
+        lines.append(f"| {cell['sequences']} | {cell['idle_percent']:.1f} | {cell['host_ms_per_step']:.2f} |")
+    return "\n".join(lines)
+
+
+def scheduler_table(results: dict[str, Any]) -> str:
+    """Of bench_scheduler."""
+    lines = ["| sequences | stop strings | plan, us | commit, us | message, us | in all, us |", "|" + "---:|" * 6]
+    for cell in results["cells"]:
+        parts = " | ".join(f"{cell[f'{name}_us']:,.0f}" for name in ("plan", "commit", "message", "total"))
+        lines.append(f"| {cell['sequences']} | {cell['stop_strings']} | {parts} |")
+    return "\n".join(lines)
+
+
+def first_token_table(results: dict[str, Any]) -> str:
+    """Of bench_first_token."""
+    lines = ["| way | first token p50, ms | p90 | p99 |", "|---|---:|---:|---:|"]
+    for cell in results["cells"]:
+        lines.append(f"| {cell['way']} | {cell['p50_ms']:.2f} | {cell['p90_ms']:.2f} | {cell['p99_ms']:.2f} |")
+    return "\n".join(lines)
+
+
+def soak_table(results: dict[str, Any]) -> str:
+    """Of the soak."""
+    lines = ["| KV pool | requests | whole | taken back | deadline | bad | tokens | preemptions | problems | seconds |"]
+    lines += ["|---|" + "---:|" * 9]
+    for cell in results["cells"]:
+        fates = cell["fates"]
+        parts = [
+            cell["num_calls"],
+            fates.get("whole", 0),
+            fates.get("cancelled", 0) + fates.get("cancelled at once", 0),
+            fates.get("deadline", 0) + fates.get("deadline, no token", 0),
+            fates.get("bad", 0),
+            cell["num_tokens"],
+            cell["num_preemptions"],
+            cell["num_problems"],
+            round(cell["wall_s"]),
+        ]
+        lines.append(f"| {cell['server']} | " + " | ".join(f"{part:,}" for part in parts) + " |")
+    return "\n".join(lines)
+
+
+def quality_table(results: dict[str, Any]) -> str:
+    """Of bench_quality."""
+    lines = [
+        "| held in | error of logits, % | KL, nats | same best id, % | right answers |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for cell in results["cells"]:
+        lines.append(
+            f"| {cell['held']} | {cell['logits_error_percent']:.2f} | {cell['mean_kl_nats']:.5f} | "
+            f"{cell['same_best_id_percent']:.2f} | {cell['num_right']} of {cell['num_questions']} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "ensemble": ensemble_table,
+    "first_token": first_token_table,
+    "overlap": overlap_table,
+    "quality": quality_table,
+    "scheduler": scheduler_table,
+    "soak": soak_table,
+}
+
+
+def section(name: str) -> str:
+    """What stands between the marks of a table: the table, and where its numbers come from."""
+    results = read_results(name)
+    about = (
+        f"{results['machine']}, load {results['load_average_before']} before; commit {results['commit']}; "
+        f"`{results['command']}` ([all of it](tests/bench/results/{name}.json))"
+    )
+    return f"\n\n{TABLES[name](results)}\n\n{about}\n\n"
+
+
+def written(text: str) -> str:
+    """`text` with every marked table as the results have it; ValueError when one has no marks."""
+    for name in TABLES:
+        pattern = re.compile(rf"(?<=<!-- {name}: begin -->).*?(?=<!-- {name}: end -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"no marks for the table {name}")
+        text = pattern.sub(lambda _, name=name: section(name), text)  # type: ignore[misc]
+    return text
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "none"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+if __name__ == "__main__":
+    Path(README).write_text(written(README.read_text()))
