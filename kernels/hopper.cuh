@@ -58,44 +58,44 @@ HW To from_bits(const From& from) {
   return to;
 }
 
-// One access of 16 (or 8) bytes to global or shared memory; V is any plain type of that size. The address must be aligned to it.
-template <class V>
-HW V ld16(const void* p HW_AT) {
-  static_assert(sizeof(V) == 16);
+// One access of 16 (or 8) bytes to global or shared memory; Value is any plain type of that size. The address must be aligned to it.
+template <class Value>
+HW Value ld16(const void* p HW_AT) {
+  static_assert(sizeof(Value) == 16);
   HW_EITHER(, emu::check_vector(p, 16, false, at));
   uint4 bits = *static_cast<const uint4*>(p);
-  return from_bits<V>(bits);
+  return from_bits<Value>(bits);
 }
-template <class V>
-HW void st16(void* p, const V& value HW_AT) {
-  static_assert(sizeof(V) == 16);
+template <class Value>
+HW void st16(void* p, const Value& value HW_AT) {
+  static_assert(sizeof(Value) == 16);
   HW_EITHER(, emu::check_vector(p, 16, true, at));
   *static_cast<uint4*>(p) = from_bits<uint4>(value);
 }
-template <class V>
-HW V ld8(const void* p HW_AT) {
-  static_assert(sizeof(V) == 8);
+template <class Value>
+HW Value ld8(const void* p HW_AT) {
+  static_assert(sizeof(Value) == 8);
   HW_EITHER(, emu::check_vector(p, 8, false, at));
   uint2 bits = *static_cast<const uint2*>(p);
-  return from_bits<V>(bits);
+  return from_bits<Value>(bits);
 }
-template <class V>
-HW void st8(void* p, const V& value HW_AT) {
-  static_assert(sizeof(V) == 8);
+template <class Value>
+HW void st8(void* p, const Value& value HW_AT) {
+  static_assert(sizeof(Value) == 8);
   HW_EITHER(, emu::check_vector(p, 8, true, at));
   *static_cast<uint2*>(p) = from_bits<uint2>(value);
 }
 
 // Global memory that nobody writes during this launch, through the read-only path.
-template <class V>
-HW V ld16_nc(const void* p HW_AT) {
-  static_assert(sizeof(V) == 16);
+template <class Value>
+HW Value ld16_nc(const void* p HW_AT) {
+  static_assert(sizeof(Value) == 16);
   uint4 bits;
   HW_EITHER(asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
                 : "l"(__cvta_generic_to_global(p))),
             emu::load_nc(&bits, p, 16, at));
-  return from_bits<V>(bits);
+  return from_bits<Value>(bits);
 }
 
 // A cache policy for the copies below: data read once (weights) leaves the L2 first, data many blocks read stays longest.
@@ -111,15 +111,15 @@ HW u64 l2_evict_last() {
 }
 
 // As ld16_nc, past the L1 and first to leave the L2: for weights.
-template <class V>
-HW V ld16_stream(const void* p HW_AT) {
-  static_assert(sizeof(V) == 16);
+template <class Value>
+HW Value ld16_stream(const void* p HW_AT) {
+  static_assert(sizeof(Value) == 16);
   uint4 bits;
   HW_EITHER(asm("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
                 : "l"(__cvta_generic_to_global(p)), "l"(l2_evict_first())),
             emu::load_nc(&bits, p, 16, at));
-  return from_bits<V>(bits);
+  return from_bits<Value>(bits);
 }
 HW void prefetch_l2(const void* p HW_AT) {
   HW_EITHER(asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p))), emu::prefetch(p, 1, at));
@@ -215,11 +215,11 @@ HW void cluster_sync(HW_AT_ALONE) {
   cluster_wait(HW_EITHER(, at));
 }
 // The same place in the shared memory of another block of the cluster, as an ordinary pointer.
-template <class T>
-HW T* cluster_map(T* p, u32 rank HW_AT) {
+template <class Type>
+HW Type* cluster_map(Type* p, u32 rank HW_AT) {
   u64 r;
   HW_EITHER(asm volatile("mapa.u64 %0, %1, %2;" : "=l"(r) : "l"(p), "r"(rank)), r = emu::cluster_map(p, rank, at));
-  return reinterpret_cast<T*>(r);
+  return reinterpret_cast<Type*>(r);
 }
 
 // Programmatic dependent launch: nothing but constants may be touched before griddep_wait; griddep_launch lets the next kernel start early.
@@ -300,10 +300,10 @@ HW void cp_async_16(void* dst, const void* src, u32 src_bytes = 16 HW_AT) {
             emu::cp_async_16(dst, src, src_bytes, at));
 }
 HW void cp_async_commit(HW_AT_ALONE) { HW_EITHER(asm volatile("cp.async.commit_group;" ::: "memory"), emu::cp_async_commit(at)); }
-// Waits until at most N of this thread's newest groups are in flight.
-template <int N>
+// Waits until at most NUM_GROUPS of this thread's newest groups are in flight.
+template <int NUM_GROUPS>
 HW void cp_async_wait(HW_AT_ALONE) {
-  HW_EITHER(asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"), emu::cp_async_wait(N, at));
+  HW_EITHER(asm volatile("cp.async.wait_group %0;" ::"n"(NUM_GROUPS) : "memory"), emu::cp_async_wait(NUM_GROUPS, at));
 }
 
 // ---- bulk copies (one thread moves many bytes; addresses and sizes multiples of 16) ---------------------------------------------------------------
@@ -337,13 +337,13 @@ HW void bulk_prefetch_l2(const void* src, u32 num_bytes HW_AT) {
 }
 // Stores (bulk_store, tma_store_*) are waited for in groups: until they have read shared memory, or until they are done.
 HW void bulk_commit(HW_AT_ALONE) { HW_EITHER(asm volatile("cp.async.bulk.commit_group;" ::: "memory"), emu::bulk_commit(at)); }
-template <int N>
+template <int NUM_GROUPS>
 HW void bulk_wait_read(HW_AT_ALONE) {
-  HW_EITHER(asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"), emu::bulk_wait(N, true, at));
+  HW_EITHER(asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(NUM_GROUPS) : "memory"), emu::bulk_wait(NUM_GROUPS, true, at));
 }
-template <int N>
+template <int NUM_GROUPS>
 HW void bulk_wait(HW_AT_ALONE) {
-  HW_EITHER(asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory"), emu::bulk_wait(N, false, at));
+  HW_EITHER(asm volatile("cp.async.bulk.wait_group %0;" ::"n"(NUM_GROUPS) : "memory"), emu::bulk_wait(NUM_GROUPS, false, at));
 }
 HW void tma_prefetch_descriptor(const TensorMap* map HW_AT) {
   HW_EITHER(asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"), emu::prefetch_tensor_map(map, at));

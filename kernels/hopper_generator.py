@@ -1,7 +1,7 @@
 """Writes the two generated headers beside `hopper.cuh`: `python -m kernels.hopper_generator`.
 
-`tensor_copies.cuh` (TMA, 2 to 5 dimensions) and `wgmma.cuh` (warpgroup matrix multiply) hold instructions whose operand lists are too long to
-type. A test compares the files with what this module writes.
+`tensor_copies.cuh` (TMA, 2 to 5 dimensions) and `wgmma.cuh` (warpgroup matrix multiply) hold instructions whose operand
+lists are too long to type. A test compares the files with what this module writes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def tensor_copies() -> str:
     parts = [
         NOTICE,
         "",
-        "// ---- TMA: a box of a tensor, described by a tensor map, between global and shared memory ---------------------------------------",
+        "// ---- TMA: a box of a tensor, described by a tensor map, between global and shared memory ----",
         "//",
-        "// x counts elements along the innermost dimension. A load outside the tensor fills with zeros and counts the whole box in bytes;",
-        "// a store there writes nothing. _hint takes an L2 policy (l2_evict_first), _multicast a mask of the cluster's blocks.",
+        "// x counts elements along the innermost dimension. What a load asks for outside the tensor is zero and counts in",
+        "// bytes; a store there writes nothing. _hint takes an L2 policy, _multicast a mask of the cluster's blocks.",
         "",
     ]
     for rank in (2, 3, 4, 5):
@@ -73,31 +73,35 @@ HW void tma_store_{rank}d(const TensorMap* map, const void* src, {parameters} HW
 WGMMA_HEAD = f"""\
 {NOTICE}
 //
-// Warpgroup matrix multiply: d[64 x N] (+)= a[64 x K] . b[K x N], asynchronous, by the 128 threads of a warpgroup together.
+// Warpgroup matrix multiply: d[64 x WIDTH] (+)= a[64 x K] . b[K x WIDTH], asynchronous, by a whole warpgroup.
 //
 //   wgmma_fence();                    // before the first wgmma that uses registers touched since the last wait
-//   wgmma_...<N>(d, a, b, accumulate) // any number; accumulate = 0: d = a . b
+//   wgmma_...<WIDTH>(d, a, b, accumulate) // any number; accumulate = 0: d = a . b
 //   wgmma_commit();
 //   wgmma_wait<0>();                  // d may be read, and shared memory reused by this warp's part, only now
 //
 // Thread t of the warpgroup holds, in d[4 j + i], row 16 (t / 32) + (t % 32) / 4 + 8 (i / 2), column 8 j + 2 (t % 4) + i % 2.
-// Operands in shared memory are named by descriptors (wgmma_descriptor); a from registers (_ra) is laid out as for mma_m16n8k16 (m16n8k32).
+// Operands in shared memory are named by descriptors (wgmma_descriptor); a from registers (_ra) is laid out as for mma.
 #pragma once
 #include "hopper.cuh"
 
 namespace hw {{
 
-HW void wgmma_fence(HW_AT_ALONE) {{ HW_EITHER(asm volatile("wgmma.fence.sync.aligned;" ::: "memory"), emu::wgmma_fence(at)); }}
-HW void wgmma_commit(HW_AT_ALONE) {{ HW_EITHER(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"), emu::wgmma_commit(at)); }}
-template <int N>
+HW void wgmma_fence(HW_AT_ALONE) {{
+  HW_EITHER(asm volatile("wgmma.fence.sync.aligned;" ::: "memory"), emu::wgmma_fence(at));
+}}
+HW void wgmma_commit(HW_AT_ALONE) {{
+  HW_EITHER(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"), emu::wgmma_commit(at));
+}}
+template <int NUM_GROUPS>
 HW void wgmma_wait(HW_AT_ALONE) {{
-  HW_EITHER(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"), emu::wgmma_wait(N, at));
+  HW_EITHER(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(NUM_GROUPS) : "memory"), emu::wgmma_wait(NUM_GROUPS, at));
 }}
 
-// A descriptor of an operand tile that starts at `tile`. swizzle is 128, 64, 32 or 0 bytes; the tile is aligned to 8 rows of it.
-// K-major (each row's K elements adjacent, rows `swizzle` bytes apart): stride_bytes leads to the next 8 rows (8 * swizzle when dense),
-// leading_bytes is not used with a swizzle. MN-major (16-bit types, _TRANS): leading_bytes leads to the next 64 elements (128-byte swizzle) of
-// M or N, stride_bytes to the next 8 of K. A step along K inside the swizzle span adds its bytes / 16 to the descriptor.
+// A descriptor of an operand tile that starts at `tile`; swizzle is 128, 64, 32 or 0 bytes, the tile aligned to 8 rows of it.
+// K-major (the K elements of a row adjacent, rows `swizzle` bytes apart): stride_bytes leads to the next 8 rows (8 * swizzle
+// when dense), leading_bytes is used without a swizzle only. MN-major (16-bit types, _TRANS): leading_bytes leads to the next
+// swizzle span of M or N, stride_bytes to the next 8 of K. A step along K inside the span adds its bytes / 16.
 HW u64 wgmma_descriptor(const void* tile, u32 swizzle, u32 stride_bytes, u32 leading_bytes = 16 HW_AT) {{
   const u64 mode = swizzle == 128 ? 1 : swizzle == 64 ? 2 : swizzle == 32 ? 3 : 0;
   const u32 address = shared_address(tile HW_PASS_AT);
@@ -125,7 +129,8 @@ def _wgmma_asm(name: str, k: int, n: int, registers: bool, transposes: int) -> s
         inputs += f', "n"({flag})'
     return (
         f'asm volatile("{{ .reg .pred p; setp.ne.b32 p, {predicate}, 0;\\n"\n'
-        f'                 "wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{name}.{name} {{{places}}}, {a}, {b}, p, 1, 1{flags}; }}"\n'
+        f'                 "wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{name}.{name} "\n'
+        f'                 "{{{places}}}, {a}, {b}, p, 1, 1{flags}; }}"\n'
         f"                 : {outputs} : {inputs});"
     )
 
@@ -135,18 +140,18 @@ def _wgmma(name: str, k: int, registers: bool) -> str:
     template = "".join(f", int {flag} = 0" for flag in flags)
     a = "const u32 (&a)[4]" if registers else "u64 a"
     chain = "\n".join(
-        f"  {'' if n == WGMMA_N[0] else 'else '}if constexpr (N == {n})\n    {_wgmma_asm(name, k, n, registers, len(flags))}"
+        f"  {'' if n == WGMMA_N[0] else 'else '}if constexpr (WIDTH == {n})\n    {_wgmma_asm(name, k, n, registers, len(flags))}"
         for n in WGMMA_N
     )
     emulated = ", ".join(
-        ["d", "N", f"emu::Element::{name}", "a", "b", "accumulate"]
+        ["d", "WIDTH", f"emu::Element::{name}", "a", "b", "accumulate"]
         + [flag if flag in flags else "0" for flag in (("TRANS_B",) if registers else ("TRANS_A", "TRANS_B"))]
         + ["at"]
     )
-    accepted = " || ".join(f"N == {n}" for n in WGMMA_N)
+    accepted = " || ".join(f"WIDTH == {n}" for n in WGMMA_N)
     return f"""\
-template <int N{template}>
-HW void wgmma_m64k{k}_{name}{"_ra" if registers else ""}(float (&d)[N / 2], {a}, u64 b, int accumulate HW_AT) {{
+template <int WIDTH{template}>
+HW void wgmma_m64k{k}_{name}{"_ra" if registers else ""}(float (&d)[WIDTH / 2], {a}, u64 b, int accumulate HW_AT) {{
   static_assert({accepted});
 #ifdef __CUDACC__
 {chain}

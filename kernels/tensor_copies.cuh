@@ -1,9 +1,9 @@
 // Written by kernels/hopper_generator.py: change that, not this.
 
-// ---- TMA: a box of a tensor, described by a tensor map, between global and shared memory ---------------------------------------
+// ---- TMA: a box of a tensor, described by a tensor map, between global and shared memory ----
 //
-// x counts elements along the innermost dimension. A load outside the tensor fills with zeros and counts the whole box in bytes;
-// a store there writes nothing. _hint takes an L2 policy (l2_evict_first), _multicast a mask of the cluster's blocks.
+// x counts elements along the innermost dimension. What a load asks for outside the tensor is zero and counts in
+// bytes; a store there writes nothing. _hint takes an L2 policy, _multicast a mask of the cluster's blocks.
 
 HW void tma_load_2d(void* dst, const TensorMap* map, Barrier* b, int x, int y HW_AT) {
   HW_EITHER(asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "

@@ -29,7 +29,7 @@ PRECOMPILED = ("hopper.cuh", "tensor_copies.cuh")
 
 @dataclass(frozen=True)
 class Mutant:
-    """A mistake to plant: in `file` (a name in the program's folder or kernels/), each old text, which must occur once, becomes the new."""
+    """A mistake to plant: in `file` (a program's source or a header of kernels/) each old text, there once, becomes the new."""
 
     name: str
     file: str
@@ -86,7 +86,10 @@ def _precompiled(checked: bool) -> Path:
             "hopper.cuh",
         )
 
-    return cached("prelude.h.gch", headers_key(checked), build).with_suffix("")
+    prelude = cached("prelude.h.gch", headers_key(checked), build).with_suffix("")
+    # What g++ reads instead when a definition changes the meaning of something in the precompiled header.
+    prelude.write_text('#include "hopper.cuh"\n')
+    return prelude
 
 
 def _flags(checked: bool) -> tuple[str, ...]:
@@ -130,11 +133,8 @@ def build(program: Program, checked: bool, mutant: Mutant | None = None) -> Path
         prelude = [] if any(h in PRECOMPILED for h in headers) else ["-include", str(_precompiled(checked))]
         what = f"{program}{f' with mutant {mutant.name}' if mutant else ''}"
         compiled = str(unit.with_suffix(".o"))
-        run_compiler(
-            [*_flags(checked), *prelude, *definitions, f"-I{program.source.parent}", *include_flags()]
-            + ["-c", str(unit), "-o", compiled],
-            what,
-        )
+        flags = [*_flags(checked), *prelude, *definitions, f"-I{program.source.parent}", *include_flags()]
+        run_compiler([*flags, "-c", str(unit), "-o", compiled], what)
         # Linked without -fsanitize=thread, which would bring libtsan along.
         run_compiler(["-shared", "-Wl,-Bsymbolic", compiled, str(library()), "-o", str(target)], what)
 
