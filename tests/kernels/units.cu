@@ -355,13 +355,13 @@ extern "C" __global__ void __launch_bounds__(64) cluster_functions(const unsigne
   }
   cluster_arrive();
   cluster_wait();
-  out[rank * 64 + t] = *cluster_map(&mine[t], next) + size;
   mbarrier_arrive_cluster(greeted, next);
   while (!mbarrier_try_wait_cluster(greeted, 0)) {
   }
   if (rank == 1 && t == 0) bulk_load_multicast(memory, in, 512, loaded, (u16)((1 << size) - 1));
   mbarrier_wait_cluster(loaded, 0);
   for (u32 i = t; i < 512; i += 64) loaded_bytes[rank * 512 + i] = memory[i];
+  out[rank * 64 + t] = *cluster_map(&mine[t], next) + size;
   cluster_sync();  // nobody leaves while its shared memory may be read
 }
 

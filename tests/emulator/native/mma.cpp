@@ -30,6 +30,20 @@ static u32 element_offset(MatrixLane** lanes, u32 i, u32 lane, u32 half) {
   return lanes[0]->transposed ? lanes[i * 8 + column]->offset + row * 2 : lanes[i * 8 + row]->offset + column * 2;
 }
 
+// Every lane gets words of every row: all 32 must know that the row was written. (The lane that names the row reads it as well.)
+static void check_rows(MatrixLane** lanes) {
+  if (!machine.checked()) return;
+  const u32 first = machine_index(me()) - me().lane;
+  std::vector<View> views;
+  for (u32 l = 0; l < 32; l++) views.push_back(machine.threads[first + l].view);
+  const PastRef common = meet(views);
+  for (u32 row = 0; row < lanes[0]->num_matrices * 8; row++) {
+    View v = views[(row + 1) % 32];
+    v.past = common;
+    shared_read(my_block(), lanes[row]->offset, 16, v, Way::plain);
+  }
+}
+
 void ldmatrix(u32* registers, u32 num_matrices, const void* row, bool transposed, Location at) {
   doing("ldmatrix", at);
   MatrixLane lane{registers, nullptr, row_offset(row, num_matrices, at, "ldmatrix"), num_matrices, transposed};
@@ -38,6 +52,7 @@ void ldmatrix(u32* registers, u32 num_matrices, const void* row, bool transposed
       [](void** arguments, u32 mask) {
         whole_warp(mask, "ldmatrix");
         auto** lanes = reinterpret_cast<MatrixLane**>(arguments);
+        check_rows(lanes);
         for (u32 i = 0; i < lanes[0]->num_matrices; i++)
           for (u32 l = 0; l < 32; l++) {
             u16 half[2];
