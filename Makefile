@@ -44,6 +44,15 @@ test: .venv/.ready-tests  ## Every test that needs no GPU
 soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, also with too few pages (about 5 minutes)
 	.venv/bin/python -m tests.triton.soak
 
+# The environment of `make setup` where there is one; otherwise a python3 that has torch, cuda-bindings, numpy and pytest.
+GPU_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON))
+
+kernels:  ## Compile the CUDA kernels ahead (no GPU needed)
+	$(GPU_PYTHON) -m kernels build
+
+test-gpu:  ## Everything that needs a Hopper GPU, with a short table last (LOGS=folder for the full logs)
+	$(GPU_PYTHON) -m tests.gpu $(if $(LOGS),--logs '$(LOGS)')
+
 .venv/bin/python:
 	@command -v '$(PYTHON)' > /dev/null || { echo "make: no '$(PYTHON)' here: install Python 3.11 or 3.12, or name one, as in make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@'$(PYTHON)' -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 12) else f"make: Python 3.11 or 3.12 is needed and $(PYTHON) is {v[0]}.{v[1]}: name one, as in make PYTHON=/path/to/python3.11")'
@@ -83,4 +92,4 @@ clean:  ## Remove .venv and what the tools left behind
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s%s\n", $$1, $$2 }' Makefile

@@ -19,10 +19,12 @@ from kernels.program import Program
 from kernels.sources import include_folders, read_source
 
 # sm_90a: wgmma and setmaxnreg exist in the "a" variant only.
+# device-as-default: generic lambdas inside kernels would count as host functions, which NVRTC refuses.
 # Without contraction of a * b + c, a kernel gives the same bits wherever it is compiled; `__fmaf_rn` asks for one.
 FLAGS = (
     "--gpu-architecture=sm_90a",
     "--std=c++20",
+    "--device-as-default-execution-space",
     "--fmad=false",
     "--generate-line-info",
     "--ptxas-options=--verbose",

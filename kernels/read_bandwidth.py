@@ -67,10 +67,11 @@ CASES = (
 
 
 def make_inputs(case: Case, seed: int) -> Inputs:
-    """Random words."""
+    """Random words, which repeat after a prime number of them that no block's share is a multiple of."""
     generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(-(2**31), 2**31, (1_000_003,), generator=generator).to(torch.int32)
     return {
-        "data": torch.randint(-(2**31), 2**31, (case.sizes["N"],), generator=generator).to(torch.int32),
+        "data": words.repeat(-(-case.sizes["N"] // len(words)))[: case.sizes["N"]],
         "sums": torch.empty(case.sizes["B"], dtype=torch.int32),
     }
 

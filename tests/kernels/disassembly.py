@@ -1,29 +1,24 @@
-"""Machine code of a cubin in words, by the wheels' cuobjdump and nvdisasm; needs no GPU."""
+"""Machine code of a cubin in words, by the wheel's nvdisasm; needs no GPU."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import tempfile
-from pathlib import Path
 
 from cuda import pathfinder
 
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 
 
 def disassemble(image: bytes) -> str:
     """SASS of every kernel in the cubin."""
-    tools = [pathfinder.find_nvidia_binary_utility(name) for name in ("cuobjdump", "nvdisasm")]
-    assert all(tools), "cuobjdump and nvdisasm come with requirements/tests.txt"
-    # cuobjdump calls nvdisasm by its name.
-    search = os.pathsep.join([str(Path(tools[1]).parent), os.environ.get("PATH", "")])
+    tool = pathfinder.find_nvidia_binary_utility("nvdisasm")
+    assert tool is not None, "nvdisasm comes with requirements/tests.txt"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(image)
         file.flush()
-        command = [tools[0], "--dump-sass", file.name]
-        finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": search})
+        finished = subprocess.run([tool, "--print-code", file.name], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 
