@@ -128,13 +128,13 @@ def build(program: Program, checked: bool, mutant: Mutant | None = None) -> Path
         # Beside the source, so that quoted includes find mutated headers first.
         for header, text in headers.items():
             (target.parent / header).write_text(f'#line 1 "{header}"\n{text}')
-        unit = target.parent / f"{program.name}.cu.cpp"
+        unit = target.parent / program.source.name  # addr2line may give this name instead of #line's
         unit.write_text(f'#line 1 "{program.source.name}"\n{source}')
         prelude = [] if any(h in PRECOMPILED for h in headers) else ["-include", str(_precompiled(checked))]
         what = f"{program}{f' with mutant {mutant.name}' if mutant else ''}"
         compiled = str(unit.with_suffix(".o"))
         flags = [*_flags(checked), *prelude, *definitions, f"-I{program.source.parent}", *include_flags()]
-        run_compiler([*flags, "-c", str(unit), "-o", compiled], what)
+        run_compiler([*flags, "-x", "c++", "-c", str(unit), "-o", compiled], what)
         # Linked without -fsanitize=thread, which would bring libtsan along.
         run_compiler(["-shared", "-Wl,-Bsymbolic", compiled, str(library()), "-o", str(target)], what)
 

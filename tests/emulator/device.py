@@ -18,6 +18,7 @@ from kernels.errors import LaunchError
 from kernels.launch import Launch, RecordedGraph
 from kernels.tensor_map import check_tensor_map
 from tests.emulator.build import Mutant, build, library
+from tests.emulator.toolchain import why_unavailable
 
 # The state of the emulated machine is one per process.
 _LOCK = threading.RLock()
@@ -150,6 +151,8 @@ class EmulatedDevice:
     """
 
     def __init__(self, conditions: Conditions = CHECKED[0], mutant: Mutant | None = None, num_sms: int = 4) -> None:
+        if (reason := why_unavailable()) is not None:
+            raise EmulatorError(reason)
         self.conditions = conditions
         self.mutant = mutant
         self._num_sms = num_sms

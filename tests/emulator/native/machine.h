@@ -132,7 +132,7 @@ struct MBarrier {
   std::vector<u32> waiting;  // threads, by machine index
   Gathering gathering;
   PastRef released;
-  u32 agent = 0, clock = 0;
+  u32 agent = 0, clock = 0, observed = 0;  // clock counts loads; observed: up to which a thread that has ended knew of them
 };
 
 struct Load {  // one bulk or tensor load on its way to one block
@@ -268,6 +268,7 @@ using CollectiveFunction = void (*)(void** arguments, u32 mask);
 void collective(CollectiveFunction run, void* argument, u32 mask, const char* what, Location at, bool orders_memory = false);
 void thread_left_collectives(ThreadState& t);
 void thread_left_barriers(ThreadState& t);
+void thread_left_mbarriers(ThreadState& t);
 void poison(Block& b, u32 offset, u32 num_bytes);
 void deliver_load(size_t i);
 bool step_wgmma(Block& b, u32 warpgroup, u32 warp);  // executes one warp's part of its next operation, if issued

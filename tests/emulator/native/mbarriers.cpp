@@ -1,4 +1,6 @@
 // mbarriers.cpp - barriers in shared memory that count arrivals and bytes. Their state lives here; the kernel's 8 bytes hold a mark.
+#include <algorithm>
+
 #include "machine.h"
 
 namespace emu {
@@ -128,6 +130,19 @@ void complete_bytes(Block& b, u32 number, u32 num_bytes) {
   }
   add_bytes(b, m, -int64_t{num_bytes});
   check_phase(b, m);
+}
+
+// Bytes that arrive after the block has ended land in somebody else's shared memory.
+void thread_left_mbarriers(ThreadState& t) {
+  Block& b = *t.block;
+  if (!b.live)
+    for (const Load& l : machine.loads)
+      if (l.block == b.rank) fail("the block ends with a bulk load that nobody waited for: %s", describe(b, b.mbarriers[l.barrier]).c_str());
+  if (!machine.checked()) return;
+  for (MBarrier& m : b.mbarriers) {
+    m.observed = std::max(m.observed, t.view.past->known[m.agent]);
+    if (!b.live && m.observed < m.clock) fail("the block ends with a bulk load that nobody waited for: %s", describe(b, m).c_str());
+  }
 }
 
 bool mbarrier_try_wait(Barrier* p, u32 parity, Location at) {
