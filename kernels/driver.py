@@ -53,28 +53,33 @@ class Kernels:
         self._lock = threading.Lock()
         self._libraries: dict[Program, Any] = {}
         self._kernels: dict[tuple[Program, str], Any] = {}
+        self._functions: dict[tuple[Program, str], Any] = {}
         self._shared_bytes: dict[tuple[Program, str], int] = {}
 
     def get(self, program: Program, kernel: str, shared_bytes: int) -> Any:
-        """The kernel's handle, allowed to use `shared_bytes` of dynamic shared memory. LaunchError, BuildError."""
+        """What cuLaunchKernelEx takes, allowed to use `shared_bytes` of dynamic shared memory. LaunchError, BuildError."""
         key = program, kernel
         # Without the lock first: this is on the way of every launch.
-        if (handle := self._kernels.get(key)) is not None and self._shared_bytes[key] >= shared_bytes:
-            return handle
+        if (function := self._functions.get(key)) is not None and self._shared_bytes[key] >= shared_bytes:
+            return function
         with self._lock:
-            if key not in self._kernels:
-                self._shared_bytes[key] = _FREE_SHARED_BYTES
-                self._kernels[key] = _checked(
+            handle = self._kernels.get(key)
+            if handle is None:
+                handle = _checked(
                     cuda.cuLibraryGetKernel(self._library(program), kernel.encode()), f"{kernel} of {program}"
                 )
+                self._kernels[key] = handle
+                self._shared_bytes[key] = _FREE_SHARED_BYTES
+                # A kernel's handle is a function's, says the driver; its bindings want to be told.
+                self._functions[key] = cuda.CUfunction(int(handle))
             if self._shared_bytes[key] < shared_bytes:
                 attribute = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 _checked(
-                    cuda.cuKernelSetAttribute(attribute, shared_bytes, self._kernels[key], self._device),
+                    cuda.cuKernelSetAttribute(attribute, shared_bytes, handle, self._device),
                     f"{kernel} of {program}: {shared_bytes} bytes of dynamic shared memory",
                 )
                 self._shared_bytes[key] = shared_bytes
-            return self._kernels[key]
+            return self._functions[key]
 
     def _library(self, program: Program) -> Any:
         if program not in self._libraries:

@@ -22,12 +22,12 @@ def include_folders() -> tuple[Path, ...]:
 
     BuildError if there are no CUDA headers.
     """
-    found = pathfinder.locate_nvidia_header_directory("cudart")
+    found = pathfinder.find_nvidia_header_directory("cudart")
     if found is None:
         raise BuildError(
             "the CUDA headers were not found: install nvidia-cuda-runtime (requirements/kernels.txt) or a CUDA toolkit"
         )
-    return KERNEL_FOLDER, Path(found.abs_path)
+    return KERNEL_FOLDER, Path(found)
 
 
 def read_source(path: Path) -> str:

@@ -66,7 +66,7 @@ def run_pytest(logs: Path, arguments: list[str]) -> int:
     """Its output goes into pytest.log, its results into junit.xml; a line of dots shows that it goes on."""
     (logs / "junit.xml").unlink(missing_ok=True)
     command = [
-        *(sys.executable, "-m", "pytest", "-c", str(Path(__file__).with_name("pytest.ini")), "--rootdir", str(ROOT)),
+        *(sys.executable, "-m", "pytest", "-c", str(Path(__file__).with_name("suite.ini")), "--rootdir", str(ROOT)),
         # Not the conftest.py of all tests, which needs more than a GPU machine has.
         *(
             "--confcutdir",

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from kernels.bench import summarise
+from kernels.bench import bench, summarise
+from kernels.errors import CheckError
+from kernels.op import Case, Op
 from kernels.ops import select_ops
 
 
@@ -17,3 +19,22 @@ def test_samples_become_rates_and_a_share_of_the_ceiling() -> None:
     assert timing.share_of_ceiling == pytest.approx(cost.bytes / 4.5e12 / 6e-6)
     assert summarise(op, case, [5.0] * 20, bytes_per_us=None).share_of_ceiling == 1.0
     assert "6.00 us [2.00-10.00]" in timing.line()
+
+
+def test_nothing_is_timed_that_has_not_passed_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+
+    def check(op: Op, case: Case, device: object) -> None:
+        if op.name == "rmsnorm" and case.name == "NeMo prefill":
+            raise CheckError("rmsnorm, NeMo prefill: wrong")
+
+    def time(op: Op, case: Case, *_: object, bytes_per_us: float | None) -> object:
+        timed.append(case.name)
+        return summarise(op, case, [1.0] * 20, bytes_per_us)
+
+    monkeypatch.setattr("kernels.bench.check_case", check)
+    monkeypatch.setattr("kernels.bench.time_case", time)
+    monkeypatch.setattr("kernels.bench._flusher", lambda _: None)
+    with pytest.raises(CheckError, match="rmsnorm, NeMo prefill: wrong"):
+        bench(select_ops("rmsnorm"), object(), lambda _: None)  # type: ignore[arg-type]
+    assert timed == ["1 GiB", "NeMo decode"]

@@ -44,20 +44,24 @@ def test_its_tests_run_on_the_emulator(tmp_path: Path) -> None:
     assert "PASSED tests/gpu/test_launches_on_gpu.py" in (tmp_path / "pytest.log").read_text()
 
 
+def junit(classname: str, name: str, seconds: float, inside: str = "", **properties: str) -> str:
+    """A test in pytest's report."""
+    items = "".join(f'<property name="{key}" value="{value}"/>' for key, value in properties.items())
+    head = f'<testcase classname="{classname}" name="{name}" time="{seconds}">'
+    return f"{head}<properties>{items}</properties>{inside}</testcase>"
+
+
 def test_results_of_a_run_become_a_table_and_a_record(tmp_path: Path) -> None:
     report = tmp_path / "junit.xml"
-    report.write_text(
-        '<testsuites><testsuite><testcase classname="tests.gpu.test_ops_on_gpu" name="test_case[a]" time="1.5"><properties>'
-        '<property name="op" value="read_bandwidth"/><property name="error_share" value="0.250"/>'
-        '<property name="differs" value="sums"/></properties></testcase>'
-        + 3
-        * '<testcase classname="t.test_ops_on_gpu" name="test_case[b]" time="0.5"><properties><property name="op" value='
-        '"read_bandwidth"/></properties></testcase>'
-        + '<testcase classname="tests.gpu.test_launches_on_gpu" name="test_graph" time="2">'
-        '<failure message="other bits&#10;more"/></testcase><testcase classname="tests.gpu.test_launches_on_gpu" name="test_stream" time="0">'
-        "<skipped/></testcase>"
-        "</testsuite></testsuites>"
-    )
+    ops, launches = "tests.gpu.test_ops_on_gpu", "tests.gpu.test_launches_on_gpu"
+    passed = junit(ops, "test_case[b]", 0.5, op="read_bandwidth")
+    cases = [
+        junit(ops, "test_case[a]", 1.5, op="read_bandwidth", error_share="0.250", differs="sums"),
+        *(passed, passed, passed),
+        junit(launches, "test_graph", 2, '<failure message="other bits&#10;more"/>'),
+        junit(launches, "test_stream", 0, "<skipped/>"),
+    ]
+    report.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
     results = read_results(report)
     rows = [line.split() for line in table(results)[1:]]
     assert rows[0] == ["read_bandwidth", "4", "0", "0", "3.0", "0.250", "sums"]
