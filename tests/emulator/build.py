@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from kernels.launch import Program
+from kernels.program import Program
 from tests.emulator.toolchain import (
     CHECKED_FLAGS,
     COMMON_FLAGS,

@@ -18,7 +18,7 @@ from kernels.errors import LaunchError
 from kernels.launch import Launch, RecordedGraph
 from kernels.tensor_map import check_tensor_map
 from tests.emulator.build import Mutant, build, library
-from tests.emulator.toolchain import why_unavailable
+from tests.emulator.toolchain import EmulatorUnavailable, why_unavailable
 
 # The state of the emulated machine is one per process.
 _LOCK = threading.RLock()
@@ -145,14 +145,15 @@ def _module(path: Path) -> ctypes.CDLL:
 
 
 class EmulatedDevice:
-    """Runs each launch to its end before `launch` returns. EmulatorError for what a kernel does wrong.
+    """Runs each launch to its end before `launch` returns. EmulatorError for what a kernel does wrong,
+    EmulatorUnavailable on a machine of another kind.
 
     `mutant` is a mistake planted in the programs (see `tests.emulator.mutation`); `num_sms` is what launchers are told.
     """
 
     def __init__(self, conditions: Conditions = CHECKED[0], mutant: Mutant | None = None, num_sms: int = 4) -> None:
         if (reason := why_unavailable()) is not None:
-            raise EmulatorError(reason)
+            raise EmulatorUnavailable(reason)
         self.conditions = conditions
         self.mutant = mutant
         self._num_sms = num_sms

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from kernels.arguments import Access, Argument, Buffer, Swizzle, TensorMap, int32
-from kernels.launch import Device, Launch, Program
+from kernels.launch import Device, Launch
+from kernels.program import Program
 from tests.emulator.build import Mutant
 from tests.emulator.mutation import Subject
 from tests.emulator.toolchain import ROOT

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from kernels.arguments import Access, Argument, TensorMap, float32, int32, int64
-from kernels.launch import Launch, Program
+from kernels.launch import Launch
+from kernels.program import Program
+from tests.conftest import pytest_runtest_call
 from tests.emulator import toolchain
 from tests.emulator.build import Mutant, build
 from tests.emulator.device import CHECKED, PLAIN, Conditions, Delivery, EmulatedDevice, EmulatorError, Schedule
@@ -181,8 +183,15 @@ def test_other_processors_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -
     assert toolchain.why_unavailable() is None
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     assert "x86-64 only" in (toolchain.why_unavailable() or "")
-    with pytest.raises(EmulatorError, match="this machine is aarch64"):
+    with pytest.raises(toolchain.EmulatorUnavailable, match="this machine is aarch64"):
         EmulatedDevice(CHECKED[0])
+
+
+def test_a_test_that_meets_another_processor_is_skipped_by_name() -> None:
+    running = pytest_runtest_call()
+    next(running)
+    with pytest.raises(pytest.skip.Exception, match="x86-64 only"):
+        running.throw(toolchain.EmulatorUnavailable("x86-64 only"))
 
 
 def test_missing_compiler_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

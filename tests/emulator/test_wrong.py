@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kernels.arguments import Access, int32
-from kernels.launch import Launch, Program
+from kernels.launch import Launch
+from kernels.program import Program
 from tests.emulator.build import exported_kernels
 from tests.emulator.device import CHECKED, Conditions, EmulatedDevice, EmulatorError
 from tests.emulator.subjects import FOLDER, buffer

@@ -32,8 +32,12 @@ class ToolchainError(Exception):
     """The emulator or a kernel could not be built; the message is the compiler's or says what to install."""
 
 
+class EmulatorUnavailable(Exception):
+    """No kernel can be emulated on this machine; a test that meets it is skipped with this text (tests/conftest.py)."""
+
+
 def why_unavailable() -> str | None:
-    """Why no kernel can be emulated on this machine at all; tests that need it skip with this text."""
+    """Why no kernel can be emulated on this machine at all; None: it can."""
     machine = platform.machine()
     if machine.lower() not in {"x86_64", "amd64"}:
         return f"the kernel emulator runs on x86-64 only (its stack switch is assembly), this machine is {machine}"

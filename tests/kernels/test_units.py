@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from kernels import hopper_generator
+from kernels.compiler import compile_program
+from kernels.program import Program
 from tests.emulator.device import CHECKED, PLAIN, Conditions, EmulatedDevice
+from tests.emulator.subjects import FOLDER
 from tests.emulator.toolchain import KERNELS
-from tests.kernels.unit import HERE, Unit
+from tests.kernels.unit import HERE, UNITS, Unit
 from tests.kernels.units import ALL
 
 HEADERS = ("hopper.cuh", "tensor_copies.cuh", "wgmma.cuh")
@@ -38,6 +41,24 @@ def runs() -> list[tuple[Unit, Conditions]]:
 @pytest.mark.parametrize(("unit", "conditions"), runs(), ids=identifier)
 def test_unit(unit: Unit, conditions: Conditions) -> None:
     unit.check(unit.run(EmulatedDevice(conditions)))
+
+
+GATED = [
+    UNITS,
+    *(Program(HERE / "units_wgmma.cu", (("N", n),)) for n in (8, 160, 256)),
+    *(Program(FOLDER / f"{name}.cu") for name in ("reduction", "gather", "gemm")),
+]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("program", GATED, ids=str)
+def test_unit_kernels_compile_for_hopper_without_spills(program: Program) -> None:
+    resources = compile_program(program).kernels
+    assert set(resources) == set(re.findall(r"^EXPORT_KERNEL\((\w+)\)", program.source.read_text(), re.MULTILINE)) - (
+        {"bf16_transposed", "f16_transposed"} if dict(program.definitions).get("N", 0) % 64 else set()
+    )
+    spilled = {name: used for name, used in resources.items() if used.spill_bytes or used.stack_bytes}
+    assert spilled == {}
 
 
 def test_every_function_has_a_unit_kernel() -> None:

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from kernels.arguments import Access, Argument, Buffer
-from kernels.launch import Device, Dim3, Launch, Program
+from kernels.launch import Device, Dim3, Launch
+from kernels.program import Program
 
 HERE = Path(__file__).parent
 UNITS = Program(HERE / "units.cu")

@@ -54,6 +54,11 @@ MISTAKES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("counter not cleared before others add", "sum[0] = 0;\n  __syncthreads();\n", "sum[0] = 0;\n"),
         ("sum read before all have added", "threadIdx.x]);\n  __syncthreads();\n", "threadIdx.x]);\n"),
         ("no fence before the ticket", "sum[0];\n    __threadfence();\n", "sum[0];\n"),
+        (
+            "a fence for the block only before the ticket",
+            "sum[0];\n    __threadfence();\n",
+            "sum[0];\n    __threadfence_block();\n",
+        ),
         ("no fence after the ticket", "gridDim.x - 1);\n    __threadfence();\n", "gridDim.x - 1);\n"),
         ("ticket read before it is drawn", "  }\n  __syncthreads();\n  if (ticket", "  }\n  if (ticket"),
         ("sum without atomics", "atomicAdd(&sum[0], in[", "sum[0] += (in["),

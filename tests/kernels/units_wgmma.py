@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from kernels.hopper_generator import WGMMA_N
-from kernels.launch import Program
+from kernels.program import Program
 from tests.kernels.unit import HERE, Array, Tensors, Unit, filled
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "e4m3": torch.float8_e4m3fn}

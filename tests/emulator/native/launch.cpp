@@ -119,6 +119,7 @@ static void prepare_cluster(uint3 first) {
   machine.shared_sets.clear();
   const auto arena = reinterpret_cast<uintptr_t>(machine.arenas);
   std::erase_if(machine.atomics, [&](const auto& a) { return a.first - arena < uintptr_t{kArenaBytes} * machine.num_blocks; });
+  machine.block_atomics.clear();
   PastRef beginning;
   if (machine.checked()) {
     auto past = std::make_shared<Past>();

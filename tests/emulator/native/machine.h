@@ -84,7 +84,8 @@ struct ThreadState : Thread {
   std::string waits_for;        // what a deadlock report adds
 
   View view;                    // checker: what this thread knows
-  PastRef released, learnt;     // from the last __threadfence; by atomics since
+  // By scope (0: this block, 1: the device): what the last fence made ready to publish, and what atomics have read since.
+  PastRef released[2], learnt[2];
   std::vector<u32> proxy_fences;  // clocks at which it executed fence_proxy_async
   bool fenced_barriers = false;
 
@@ -198,7 +199,8 @@ struct Machine {
   Buffer* last_buffer = nullptr;
   std::vector<uint3> cluster_index;  // by run: the first block of the cluster
   ReaderSets shared_sets, global_sets;
-  std::map<uintptr_t, PastRef> atomics;  // what a global location's atomics publish
+  std::map<uintptr_t, PastRef> atomics;                         // what a location's atomics publish to the device
+  std::map<std::pair<uintptr_t, u32>, PastRef> block_atomics;   // and, after __threadfence_block, to the block of this rank
   std::vector<Load> loads;
   Gathering cluster_gathering;
   u32 cluster_arrived = 0, cluster_phase = 0;

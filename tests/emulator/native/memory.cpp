@@ -75,13 +75,25 @@ void prefetch(const void* p, u32 num_bytes, Location at) {
 // ---- fences and atomics -----------------------------------------------------------------------------------------------------------------------------------
 
 // fence, then atomic: publishes what the thread knew at the fence. atomic, then fence: the thread learns what was published.
-void thread_fence(bool, Location at) {
-  doing("__threadfence", at);
+void thread_fence(bool device_wide, Location at) {
+  doing(device_wide ? "__threadfence" : "__threadfence_block", at);
   if (!machine.checked()) return;
   ThreadState& t = me();
-  if (t.learnt) learn(t, from_other(t.learnt, machine.run));
-  t.learnt = nullptr;
-  t.released = snapshot(t);
+  for (int scope = 0; scope <= int(device_wide); scope++) {
+    if (t.learnt[scope]) learn(t, from_other(t.learnt[scope], machine.run));
+    t.learnt[scope] = nullptr;
+  }
+  const PastRef now = snapshot(t);
+  for (int scope = 0; scope <= int(device_wide); scope++) t.released[scope] = now;
+}
+
+static void exchange_knowledge(uintptr_t address) {
+  ThreadState& t = me();
+  PastRef* const published[2] = {&machine.block_atomics[{address, t.block->rank}], &machine.atomics[address]};
+  for (int scope = 0; scope < 2; scope++) {
+    t.learnt[scope] = join(t.learnt[scope], *published[scope]);
+    if (t.released[scope]) *published[scope] = join(*published[scope], as_other(t.released[scope], machine.run));
+  }
 }
 
 static u64 apply(Atomic operation, char type, u32 num_bytes, u64 old, u64 operand, u64 compare) {
@@ -113,17 +125,14 @@ static u64 apply(Atomic operation, char type, u32 num_bytes, u64 old, u64 operan
 u64 atomic(Atomic operation, void* p, u32 num_bytes, char type, u64 operand, u64 compare, Location at) {
   doing("atomic operation", at);
   if (reinterpret_cast<uintptr_t>(p) % num_bytes) fail("%p is not aligned to its %u bytes", p, num_bytes);
-  ThreadState& t = me();
   if (machine.checked()) {
     u32 offset;
     const auto address = reinterpret_cast<uintptr_t>(p);
     if (Block* b = block_of(p, &offset))
-      shared_write(*b, offset, num_bytes, t.view, Way::atomic, 0);
+      shared_write(*b, offset, num_bytes, me().view, Way::atomic, 0);
     else
-      global_access(address, num_bytes, true, t.view, Way::atomic);
-    PastRef& published = machine.atomics[address];
-    t.learnt = join(t.learnt, published);
-    if (t.released) published = join(published, as_other(t.released, machine.run));
+      global_access(address, num_bytes, true, me().view, Way::atomic);
+    exchange_knowledge(address);
   }
   u64 old = 0;
   memcpy(&old, p, num_bytes);
