@@ -76,6 +76,7 @@ class CubinCache:
             with _locked(path.with_suffix(".lock")):
                 # Another process may have compiled it while this one waited.
                 if (cubin := _read(path)) is None:
+                    _logger.info("compiling %s", program)
                     cubin = self._compile(program)
                     _write(path, cubin)
         except OSError as error:
