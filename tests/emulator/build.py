@@ -20,6 +20,7 @@ from tests.emulator.toolchain import (
     compiler,
     digest,
     include_flags,
+    prune,
     run_compiler,
 )
 
@@ -57,6 +58,7 @@ def library() -> Path:
     flags = (*COMMON_FLAGS, *LIBRARY_FLAGS)
 
     def build(target: Path) -> None:
+        prune()
         objects = [target.parent / f"{source.stem}.o" for source in sources]
 
         def compile_one(source: Path, to: Path) -> None:

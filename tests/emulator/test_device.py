@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import threading
@@ -174,6 +175,20 @@ def test_two_builds_of_one_key_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     for thread in threads:
         thread.join(60)
     assert results == [b"object"] * 2
+
+
+def test_only_what_is_unused_for_days_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "CACHE", tmp_path)
+
+    def make(path: Path) -> None:
+        path.write_bytes(b"object")
+
+    for key in ("used", "unused"):
+        toolchain.cached("a.so", key, make)
+        os.utime(tmp_path / key, (0, 0))
+    toolchain.cached("a.so", "used", make)
+    toolchain.prune()
+    assert [folder.name for folder in tmp_path.iterdir()] == ["used"]
 
 
 # ---- machines that cannot

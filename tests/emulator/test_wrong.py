@@ -11,7 +11,7 @@ from kernels.arguments import Access, int32
 from kernels.launch import Launch
 from kernels.program import Program
 from tests.emulator.build import exported_kernels
-from tests.emulator.device import CHECKED, Conditions, EmulatedDevice, EmulatorError
+from tests.emulator.device import CHECKED, PLAIN, Conditions, EmulatedDevice, EmulatorError
 from tests.emulator.subjects import FOLDER, buffer
 
 WRONG = Program(FOLDER / "wrong.cu")
@@ -22,6 +22,9 @@ MESSAGES = {
     "before_the_start": "out-of-bounds global write of 4 bytes: 4 bytes before the start of buffer out",
     "null_pointer": "out-of-bounds global write of 4 bytes: a null pointer",
     "misaligned_word": "misaligned access of 4 bytes",
+    "unmapped_memory": "out-of-bounds global write of 4 bytes: a null pointer",
+    "division_by_zero": "integer division by zero",
+    "too_much_local_memory": "stack overflow: more than 64 KiB of local memory",
     "local_memory_of_another": "access to the local memory of another thread",
     "too_much_static": "more than 49152 bytes of static shared memory",
     "too_much_in_all": "more than 232448 bytes of shared memory, static and dynamic",
@@ -67,6 +70,19 @@ def launch(kernel: str, conditions: Conditions) -> None:
 def test_wrong_kernel_is_stopped(kernel: str, conditions: Conditions) -> None:
     with pytest.raises(EmulatorError, match=re.compile(MESSAGES[kernel], re.DOTALL)):
         launch(kernel, conditions)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("unmapped_memory", r"^unmapped_memory: wrong\.cu:\d+: access to unmapped memory at 0xfa0 \[block"),
+        ("division_by_zero", r"^division_by_zero: wrong\.cu:\d+: integer division by zero"),
+        ("too_much_local_memory", r"^too_much_local_memory: wrong\.cu:\d+: stack overflow"),
+    ],
+)
+def test_faults_of_the_plain_build_are_messages_too(kernel: str, message: str) -> None:
+    with pytest.raises(EmulatorError, match=message):
+        launch(kernel, PLAIN[0])
 
 
 def test_every_wrong_kernel_is_tried() -> None:

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +22,16 @@ KERNELS = ROOT / "kernels"
 CACHE = ROOT / "build" / "emulator"
 
 # No contraction of a * b + c: NVRTC is told --fmad=false as well. -fno-gnu-unique: two builds of one kernel live in one process.
-COMMON_FLAGS = ("-std=c++20", "-g", "-fPIC", "-ffp-contract=off", "-ftls-model=initial-exec", "-fno-gnu-unique")
+# -fstack-clash-protection: a large frame touches each of its pages, so that it cannot step over the guard page.
+COMMON_FLAGS = (
+    "-std=c++20",
+    "-g",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-ftls-model=initial-exec",
+    "-fno-gnu-unique",
+    "-fstack-clash-protection",
+)
 LIBRARY_FLAGS = ("-O2", "-Wall", "-Wextra", "-Werror")
 # Kernels speak CUDA's dialect (#pragma unroll, unused lanes), which g++ would warn about.
 PLAIN_FLAGS = ("-O2", "-w")
@@ -98,6 +109,7 @@ def cached(name: str, key: str, build: Callable[[Path], None]) -> Path:
     target, checksum = folder / name, folder / f"{name}.sha256"
     try:
         if hashlib.sha256(target.read_bytes()).hexdigest() == checksum.read_text():
+            os.utime(folder)  # used: see prune
             return target
     except FileNotFoundError:
         pass
@@ -110,3 +122,11 @@ def cached(name: str, key: str, build: Callable[[Path], None]) -> Path:
         made.replace(target)
         value.replace(checksum)
     return target
+
+
+def prune(unused_days: float = 3.0) -> None:
+    """Removes what nothing has used for that long: every change of a header leaves some hundred builds behind."""
+    for folder in CACHE.glob("*"):
+        with suppress(FileNotFoundError):  # another process prunes as well
+            if time.time() - folder.stat().st_mtime > unused_days * 86400:
+                shutil.rmtree(folder, ignore_errors=True)

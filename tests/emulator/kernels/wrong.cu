@@ -33,6 +33,15 @@ WRONG(before_the_start) { out[n - 1] = in[0]; }
 WRONG(null_pointer) { ((int*)0)[n + 1] = in[0]; }
 WRONG(misaligned_word) { *(int*)((char*)out + 2 + n) = in[0]; }
 
+// ---- what a processor itself refuses
+WRONG(unmapped_memory) { ((int*)0)[n + 1000] = in[0]; }
+WRONG(division_by_zero) { out[threadIdx.x] = in[0] / n; }
+WRONG(too_much_local_memory) {
+  volatile int room[40000];
+  room[n] = in[0];
+  out[threadIdx.x] = room[n];
+}
+
 // ---- memory of one's own
 WRONG(local_memory_of_another) {
   SHARED_ARRAY(int*, place, [1]);
@@ -216,6 +225,9 @@ EXPORT_KERNEL(bulk_store_meets_read)
 EXPORT_KERNEL(before_the_start)
 EXPORT_KERNEL(null_pointer)
 EXPORT_KERNEL(misaligned_word)
+EXPORT_KERNEL(unmapped_memory)
+EXPORT_KERNEL(division_by_zero)
+EXPORT_KERNEL(too_much_local_memory)
 EXPORT_KERNEL(local_memory_of_another)
 EXPORT_KERNEL(too_much_static)
 EXPORT_KERNEL(too_much_in_all)

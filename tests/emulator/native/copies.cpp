@@ -155,7 +155,6 @@ static void issue(Load load, Barrier* barrier, u32 mask, void* to) {
 void deliver_load(size_t i) {
   const Load l = machine.loads[i];
   machine.loads.erase(machine.loads.begin() + long(i));
-  machine.num_operations++;
   Block& b = machine.blocks[l.block];
   MBarrier& m = b.mbarriers[l.barrier];
   const Epoch arrived = machine.checked() ? make_epoch(machine.run, m.agent, ++m.clock) : 0;
@@ -208,7 +207,6 @@ void tma_load(void* to, const void* map, Barrier* barrier, Coordinates where, u3
 static void run(Store& s) {
   if (s.done) return;
   s.done = true;
-  machine.num_operations++;
   u8* arena = my_block().arena;
   if (s.tensor)
     each_chunk(s.map, s.where, s.from, [&](u32 from, u8* to, u32 first, u32 last) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "faults.h"
 #include "fiber.h"
 #include "machine.h"
 
@@ -203,10 +204,11 @@ extern "C" __attribute__((visibility("default"))) int emu_launch(const KernelTab
   machine.options = *options;
   machine.kernel = kernel->run;
   machine.error.clear();
-  machine.num_switches = machine.num_operations = machine.order_hash = 0;
+  machine.num_switches = machine.order_hash = 0;
   current = nullptr;
   find_module(kernel);
   try {
+    const FaultGuard guard;
     run_grid(*description);
   } catch (const Failure&) {
   }

@@ -214,7 +214,7 @@ struct Machine {
 
   void* main_stack = nullptr;
   u32 live = 0;
-  u64 random_state = 0, num_switches = 0, num_operations = 0, order_hash = 0;
+  u64 random_state = 0, num_switches = 0, order_hash = 0;
   std::string error;
 
   u64 random();

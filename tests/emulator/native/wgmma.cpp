@@ -138,7 +138,6 @@ bool step_wgmma(Block& b, u32 warpgroup, u32 warp) {
       }
   }
   w.wgmma_executed++;
-  machine.num_operations++;
   for (;;) {
     if (g.operations.empty()) break;
     bool all = true;
