@@ -1,11 +1,12 @@
 // hopper.cuh - every PTX instruction of this project, each behind a named function.
 //
-// A function holds two bodies: HW_EITHER(what NVRTC compiles for sm_90a, what the emulator under tests/emulator does). Kernels contain no asm,
-// no #ifdef and no __shared__, so the same .cu file runs on a GPU and, built by g++, on the CPU. A function's unit kernel is in tests/kernels/units.cu.
-// wgmma.cuh (generated) holds the warpgroup matrix instructions; a kernel that needs them includes it after this file.
+// A function holds two bodies: HW_EITHER(what NVRTC compiles for sm_90a, what the emulator under tests/emulator does).
+// Kernels contain no asm, no #ifdef and no __shared__, so the same .cu file runs on a GPU and, built by g++, on the CPU.
+// Each function has a unit kernel in tests/kernels/units.cu. wgmma.cuh (generated) holds the warpgroup matrix
+// instructions; a kernel that needs them includes it after this file.
 //
-// Sources: PTX ISA 8.x (section titles are the instruction names); spellings compared with NVIDIA/cutlass include/cute/arch. Nothing here
-// has run on hardware yet; tests/emulator/README.md lists what to verify first.
+// Sources: PTX ISA 8.x (section titles are the instruction names); spellings compared with NVIDIA/cutlass,
+// include/cute/arch. Nothing here has run on hardware yet; tests/emulator/README.md lists what to verify first.
 #pragma once
 
 #ifdef __CUDACC__
@@ -14,7 +15,7 @@
 #include <cuda_fp8.h>
 #define HW __device__ __forceinline__
 #define HW_EITHER(device, emulated) device
-#define HW_AT          // the emulator's functions take the caller's source line as their last argument: here there is none
+#define HW_AT  // the emulator's functions take the caller's source line as last argument: not here
 #define HW_AT_ALONE
 #define HW_PASS_AT
 #define SHARED_ARRAY(T, name, dims) __shared__ T name dims
@@ -44,10 +45,12 @@ struct alignas(64) TensorMap {
   u64 opaque[16];
 };
 
-// ---- addresses and memory ---------------------------------------------------------------------------------------------------------------
+// ---- addresses and memory
 
 // The 32-bit address of a generic pointer into this block's shared memory.
-HW u32 shared_address(const void* p HW_AT) { return HW_EITHER((u32)__cvta_generic_to_shared(p), emu::shared_address(p, at)); }
+HW u32 shared_address(const void* p HW_AT) {
+  return HW_EITHER((u32)__cvta_generic_to_shared(p), emu::shared_address(p, at));
+}
 
 // The same bytes as another type of the same size.
 template <class To, class From>
@@ -125,7 +128,7 @@ HW void prefetch_l2(const void* p HW_AT) {
   HW_EITHER(asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p))), emu::prefetch(p, 1, at));
 }
 
-// ---- arithmetic ---------------------------------------------------------------------------------------------------------------------------
+// ---- arithmetic
 
 // Two e4m3 values -> two halves (exact); the low byte becomes .x.
 HW __half2 e4m3x2_to_half2(u16 pair) {
@@ -163,7 +166,7 @@ HW float warp_max(float x HW_AT) {
   return x;
 }
 
-// ---- threads of a block, blocks of a cluster, kernels of a stream ---------------------------------------------------------------------------
+// ---- threads of a block, blocks of a cluster, kernels of a stream
 
 // True in one lane of a converged warp.
 HW bool elect_one(HW_AT_ALONE) {
@@ -226,7 +229,7 @@ HW Type* cluster_map(Type* p, u32 rank HW_AT) {
 HW void griddep_wait(HW_AT_ALONE) { HW_EITHER(asm volatile("griddepcontrol.wait;" ::: "memory"), emu::griddep_wait(at)); }
 HW void griddep_launch(HW_AT_ALONE) { HW_EITHER(asm volatile("griddepcontrol.launch_dependents;" ::: "memory"), emu::griddep_launch(at)); }
 
-// ---- mbarriers ------------------------------------------------------------------------------------------------------------------------------
+// ---- mbarriers
 
 // Phase n completes when `count` arrivals and all expected bytes have come. A waiter names the parity of the phase it waits for: a fresh
 // barrier is in phase 0, so waiting for parity 0 blocks and waiting for parity 1 does not.
@@ -280,7 +283,7 @@ HW void mbarrier_wait_cluster(Barrier* b, u32 parity HW_AT) {
   }
 }
 
-// ---- fences ---------------------------------------------------------------------------------------------------------------------------------
+// ---- fences
 
 // After mbarrier_init, before the barrier is used by copies or by other blocks.
 HW void fence_mbarrier_init(HW_AT_ALONE) {
@@ -291,7 +294,7 @@ HW void fence_proxy_async(HW_AT_ALONE) {
   HW_EITHER(asm volatile("fence.proxy.async.shared::cta;" ::: "memory"), emu::fence_proxy_async(at));
 }
 
-// ---- cp.async (16 bytes a thread) -------------------------------------------------------------------------------------------------------------
+// ---- cp.async (16 bytes a thread)
 
 // Copies `src_bytes` (0-16) and fills the rest of the 16 bytes with zeros; both addresses 16-byte aligned.
 HW void cp_async_16(void* dst, const void* src, u32 src_bytes = 16 HW_AT) {
@@ -306,7 +309,7 @@ HW void cp_async_wait(HW_AT_ALONE) {
   HW_EITHER(asm volatile("cp.async.wait_group %0;" ::"n"(NUM_GROUPS) : "memory"), emu::cp_async_wait(NUM_GROUPS, at));
 }
 
-// ---- bulk copies (one thread moves many bytes; addresses and sizes multiples of 16) ---------------------------------------------------------------
+// ---- bulk copies (one thread moves many bytes; addresses and sizes multiples of 16)
 
 HW void bulk_load(void* dst, const void* src, u32 num_bytes, Barrier* b HW_AT) {
   HW_EITHER(asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
@@ -351,7 +354,7 @@ HW void tma_prefetch_descriptor(const TensorMap* map HW_AT) {
 
 #include "tensor_copies.cuh"
 
-// ---- matrices in a warp ---------------------------------------------------------------------------------------------------------------------------
+// ---- matrices in a warp
 
 // Lane 8 i + j gives the address of row j (16 bytes) of matrix i; lane L receives row L / 4, columns 2 (L % 4) and + 1 of each matrix (b16).
 HW void ldmatrix_x1(u32 (&r)[1], const void* row HW_AT) {

@@ -12,7 +12,7 @@ struct alignas(8) Pair {
 };
 }  // namespace
 
-// ---- memory and arithmetic ------------------------------------------------------------------------------------------------------------------------------
+// ---- memory and arithmetic
 
 // out[i] = five copies of in[i], 16 bytes each, by five ways.
 extern "C" __global__ void vector_access(const Words* in, Words* out, int n) {
@@ -53,7 +53,7 @@ extern "C" __global__ void addresses(u32* out) {
   if (threadIdx.x == 0) out[2 * blockDim.x] = base % 1024;
 }
 
-// ---- a warp ---------------------------------------------------------------------------------------------------------------------------------------------------
+// ---- a warp
 
 extern "C" __global__ void warp_functions(const float* in, float* out, u32* bits) {
   const int lane = threadIdx.x;
@@ -127,7 +127,7 @@ extern "C" __global__ void mma_e4m3(const unsigned char* a, const unsigned char*
   multiply_tile<32>(a, b, out, 1, [](float(&d)[4], const u32(&x)[4], const u32(&y)[2]) { mma_m16n8k32_e4m3(d, x, y); });
 }
 
-// ---- a block ----------------------------------------------------------------------------------------------------------------------------------------------------
+// ---- a block
 
 // Warp 0 fills a slot, warps 1 to 3 read it: two named barriers, three rounds.
 extern "C" __global__ void __launch_bounds__(128) named_barriers(const u32* in, u32* out) {
@@ -235,7 +235,7 @@ extern "C" __global__ void dependent(const u32* weights, const u32* in, u32* out
   out[threadIdx.x] = w + in[threadIdx.x];
 }
 
-// ---- copies -------------------------------------------------------------------------------------------------------------------------------------------------------
+// ---- copies
 
 // Thread t copies t % 17 bytes; the rest of its 16 is zero.
 extern "C" __global__ void __launch_bounds__(128) thread_copies(const Words* in, Words* out) {
@@ -337,7 +337,7 @@ TENSOR_COPIES(3)
 TENSOR_COPIES(4)
 TENSOR_COPIES(5)
 
-// ---- a cluster ----------------------------------------------------------------------------------------------------------------------------------------------------
+// ---- a cluster
 
 // Each block reads its neighbour's shared memory, arrives at its barrier, and gets a part of a multicast load.
 extern "C" __global__ void __launch_bounds__(64) cluster_functions(const unsigned char* in, u32* out, unsigned char* loaded_bytes) {

@@ -13,7 +13,9 @@ static void complete(NamedBarrier& barrier) {
       tick(machine.threads[t]);
     }
   }
-  barrier.result = barrier.operation == 1 ? barrier.sum == barrier.arrived : barrier.operation == 2 ? barrier.sum != 0 : int(barrier.sum);
+  barrier.result = barrier.operation == 1   ? barrier.sum == barrier.arrived
+                   : barrier.operation == 2 ? barrier.sum != 0
+                                            : int(barrier.sum);
   barrier.arrived = barrier.expected = barrier.warps = barrier.sum = 0;
   barrier.operation = -1;
   wake(barrier.waiting);
@@ -24,8 +26,11 @@ static void enter(u32 id, u32 num_threads, Location at, bool waits, int operatio
   Block& b = my_block();
   NamedBarrier& barrier = b.barriers[id];
   const bool divergent = barrier.warps >> t.warp & 1 && barrier.at[t.warp].line() != at.line();
-  if (divergent) fail("divergent: another lane of warp %u waits for barrier %u at %s", t.warp, id, position(barrier.at[t.warp]).c_str());
-  if (barrier.arrived && barrier.expected != num_threads) fail("barrier %u is used with %u and with %u threads at once", id, barrier.expected, num_threads);
+  if (divergent)
+    fail("divergent: another lane of warp %u waits for barrier %u at %s", t.warp, id,
+         position(barrier.at[t.warp]).c_str());
+  if (barrier.arrived && barrier.expected != num_threads)
+    fail("barrier %u is used with %u and with %u threads at once", id, barrier.expected, num_threads);
   if (barrier.arrived && barrier.operation != operation) fail("__syncthreads and its _and, _or, _count forms meet");
   barrier.warps |= 1u << t.warp;
   barrier.at[t.warp] = at;
@@ -33,7 +38,8 @@ static void enter(u32 id, u32 num_threads, Location at, bool waits, int operatio
   barrier.operation = operation;
   barrier.arrived++;
   barrier.sum += predicate;
-  if (num_threads != kWholeBlock && barrier.arrived > num_threads) fail("more than %u threads arrive at barrier %u", num_threads, id);
+  if (num_threads != kWholeBlock && barrier.arrived > num_threads)
+    fail("more than %u threads arrive at barrier %u", num_threads, id);
   if (machine.checked()) {
     barrier.gathering.add(t.view);
     if (!waits) tick(t);
@@ -73,7 +79,7 @@ u32 bar_reduce(int operation, int predicate, Location at) {
   return u32(my_block().barriers[0].result);
 }
 
-// ---- clusters -------------------------------------------------------------------------------------------------------------------------------------------
+// ---- clusters
 
 u32 cluster_rank() { return my_block().rank; }
 u32 cluster_size() { return machine.num_blocks; }
@@ -131,7 +137,7 @@ void thread_left_barriers(ThreadState& t) {
   if (machine.cluster_arrived && machine.cluster_arrived == machine.live) complete_cluster();
 }
 
-// ---- programmatic dependent launch --------------------------------------------------------------------------------------------------------------------------
+// ---- programmatic dependent launch
 
 void griddep_wait(Location at) {
   doing("griddep_wait", at);

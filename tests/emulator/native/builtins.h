@@ -8,7 +8,7 @@
 
 #define EMU_AT emu::Location at = emu::Location::current()
 
-// ---- synchronisation --------------------------------------------------------------------------------------------------------------------------
+// ---- synchronisation
 
 inline void __syncthreads(EMU_AT) { emu::bar_sync(0, 0, at); }
 inline int __syncthreads_count(int p, EMU_AT) { return (int)emu::bar_reduce(0, p, at); }
@@ -18,7 +18,7 @@ inline void __syncwarp(unsigned mask = ~0u, EMU_AT) { emu::sync_warp(mask, at); 
 inline void __threadfence(EMU_AT) { emu::thread_fence(true, at); }
 inline void __threadfence_block(EMU_AT) { emu::thread_fence(false, at); }
 
-// ---- warps --------------------------------------------------------------------------------------------------------------------------------------
+// ---- warps
 
 namespace emu {
 template <class T>
@@ -61,17 +61,35 @@ unsigned __match_any_sync(unsigned mask, T value, EMU_AT) {
   return emu::match_any(bits, mask, at);
 }
 inline unsigned __activemask(EMU_AT) { return emu::active_mask(at); }
-inline unsigned __reduce_add_sync(unsigned mask, unsigned v, EMU_AT) { return emu::reduce(emu::Reduction::add, v, mask, at); }
-inline int __reduce_add_sync(unsigned mask, int v, EMU_AT) { return (int)emu::reduce(emu::Reduction::add, (unsigned)v, mask, at); }
-inline unsigned __reduce_min_sync(unsigned mask, unsigned v, EMU_AT) { return emu::reduce(emu::Reduction::min_unsigned, v, mask, at); }
-inline int __reduce_min_sync(unsigned mask, int v, EMU_AT) { return (int)emu::reduce(emu::Reduction::min_signed, (unsigned)v, mask, at); }
-inline unsigned __reduce_max_sync(unsigned mask, unsigned v, EMU_AT) { return emu::reduce(emu::Reduction::max_unsigned, v, mask, at); }
-inline int __reduce_max_sync(unsigned mask, int v, EMU_AT) { return (int)emu::reduce(emu::Reduction::max_signed, (unsigned)v, mask, at); }
-inline unsigned __reduce_and_sync(unsigned mask, unsigned v, EMU_AT) { return emu::reduce(emu::Reduction::bit_and, v, mask, at); }
-inline unsigned __reduce_or_sync(unsigned mask, unsigned v, EMU_AT) { return emu::reduce(emu::Reduction::bit_or, v, mask, at); }
-inline unsigned __reduce_xor_sync(unsigned mask, unsigned v, EMU_AT) { return emu::reduce(emu::Reduction::bit_xor, v, mask, at); }
+inline unsigned __reduce_add_sync(unsigned mask, unsigned v, EMU_AT) {
+  return emu::reduce(emu::Reduction::add, v, mask, at);
+}
+inline int __reduce_add_sync(unsigned mask, int v, EMU_AT) {
+  return (int)emu::reduce(emu::Reduction::add, (unsigned)v, mask, at);
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned v, EMU_AT) {
+  return emu::reduce(emu::Reduction::min_unsigned, v, mask, at);
+}
+inline int __reduce_min_sync(unsigned mask, int v, EMU_AT) {
+  return (int)emu::reduce(emu::Reduction::min_signed, (unsigned)v, mask, at);
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned v, EMU_AT) {
+  return emu::reduce(emu::Reduction::max_unsigned, v, mask, at);
+}
+inline int __reduce_max_sync(unsigned mask, int v, EMU_AT) {
+  return (int)emu::reduce(emu::Reduction::max_signed, (unsigned)v, mask, at);
+}
+inline unsigned __reduce_and_sync(unsigned mask, unsigned v, EMU_AT) {
+  return emu::reduce(emu::Reduction::bit_and, v, mask, at);
+}
+inline unsigned __reduce_or_sync(unsigned mask, unsigned v, EMU_AT) {
+  return emu::reduce(emu::Reduction::bit_or, v, mask, at);
+}
+inline unsigned __reduce_xor_sync(unsigned mask, unsigned v, EMU_AT) {
+  return emu::reduce(emu::Reduction::bit_xor, v, mask, at);
+}
 
-// ---- atomics (global or shared memory, relaxed; order them with __threadfence) --------------------------------------------------------------------
+// ---- atomics (global or shared memory, relaxed; order them with __threadfence)
 
 namespace emu {
 using u64_t = unsigned long long;
@@ -103,8 +121,12 @@ EMU_ATOMIC_INTEGERS(atomicXor, bit_xor)
 EMU_ATOMIC(atomicInc, inc, unsigned)
 EMU_ATOMIC(atomicDec, dec, unsigned)
 inline int atomicSub(int* p, int v, EMU_AT) { return emu::atomic_value(emu::Atomic::add, p, -v, 0, at); }
-inline unsigned atomicSub(unsigned* p, unsigned v, EMU_AT) { return emu::atomic_value(emu::Atomic::add, p, 0u - v, 0u, at); }
-inline int atomicCAS(int* p, int compare, int v, EMU_AT) { return emu::atomic_value(emu::Atomic::compare_swap, p, v, compare, at); }
+inline unsigned atomicSub(unsigned* p, unsigned v, EMU_AT) {
+  return emu::atomic_value(emu::Atomic::add, p, 0u - v, 0u, at);
+}
+inline int atomicCAS(int* p, int compare, int v, EMU_AT) {
+  return emu::atomic_value(emu::Atomic::compare_swap, p, v, compare, at);
+}
 inline unsigned atomicCAS(unsigned* p, unsigned compare, unsigned v, EMU_AT) {
   return emu::atomic_value(emu::Atomic::compare_swap, p, v, compare, at);
 }
@@ -112,8 +134,9 @@ inline unsigned long long atomicCAS(unsigned long long* p, unsigned long long co
   return emu::atomic_value(emu::Atomic::compare_swap, p, v, compare, at);
 }
 
-// ---- arithmetic -------------------------------------------------------------------------------------------------------------------------------------
-// g++ builds without contraction: a * b + c rounds twice, as with NVRTC's --fmad=false. __fmaf_rn rounds once in both worlds.
+// ---- arithmetic
+// g++ builds without contraction: a * b + c rounds twice, as with NVRTC's --fmad=false. __fmaf_rn rounds once in both
+// worlds.
 
 template <class T>
 T __ldg(const T* p) {

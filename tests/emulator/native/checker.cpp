@@ -1,11 +1,12 @@
-// checker.cpp - every access of the checked build comes here: is it in bounds, initialised, allowed, and ordered after what it conflicts with?
+// checker.cpp - every access of the checked build comes here: is it in bounds, initialised, allowed, and ordered after
+// what it conflicts with?
 #include <algorithm>
 
 #include "machine.h"
 
 namespace emu {
 
-// ---- agents: 0 is the kernel before this one, then the threads, then what acts on its own in each block -----------------------------------------
+// ---- agents: 0 is the kernel before this one, then the threads, then what acts on its own in each block
 
 static constexpr u32 kAgentsPerBlock = kMaxBarriers + 32 + kMaxStoreSlots;
 static u32 extra(u32 block) { return 1 + machine.num_blocks * machine.num_threads + block * kAgentsPerBlock; }
@@ -45,7 +46,8 @@ std::string agent_name(Epoch e) {
   if (cluster != machine.run || machine.num_blocks > 1) {
     const uint3 first = machine.cluster_index[cluster];
     const dim3 c = machine.cluster;
-    who += text(" of block (%u,%u,%u)", first.x + block % c.x, first.y + block / c.x % c.y, first.z + block / (c.x * c.y));
+    who +=
+        text(" of block (%u,%u,%u)", first.x + block % c.x, first.y + block / c.x % c.y, first.z + block / (c.x * c.y));
   }
   return who;
 }
@@ -53,14 +55,16 @@ std::string agent_name(Epoch e) {
 std::string shared_name(const Block& b, u32 offset) {
   std::string whose = &b == &my_block() ? "" : text(" of block rank %u", b.rank);
   if (b.dynamic_offset && offset < b.static_begin)
-    return text("dynamic shared memory%s, byte %u of %u", whose.c_str(), offset - b.dynamic_offset, machine.shared_bytes);
+    return text("dynamic shared memory%s, byte %u of %u", whose.c_str(), offset - b.dynamic_offset,
+                machine.shared_bytes);
   for (const auto& [site, start] : b.arrays)
     if (offset + 32 >= start && offset < start + site->num_bytes + 32)
-      return text("shared array %s%s, byte %d of %zu", site->name, whose.c_str(), int(offset) - int(start), site->num_bytes);
+      return text("shared array %s%s, byte %d of %zu", site->name, whose.c_str(), int(offset) - int(start),
+                  site->num_bytes);
   return text("shared memory%s at %u", whose.c_str(), offset);
 }
 
-// ---- what threads know ------------------------------------------------------------------------------------------------------------------------------
+// ---- what threads know
 
 void tick(ThreadState& t) { t.view.clock = next_clock(t.view.clock); }
 
@@ -74,16 +78,18 @@ void learn(ThreadState& t, const PastRef& past) { t.view.past = join(t.view.past
 
 View snapshot_view(ThreadState& t, u32 agent, u32 clock) { return {snapshot(t), machine.run, agent, clock}; }
 
-// Whether the ordinary write `e` was not followed, as far as the view knows, by fence_proxy_async in the thread that wrote.
+// Whether the ordinary write `e` was not followed, as far as the view knows, by fence_proxy_async in the thread that
+// wrote.
 bool unfenced(Epoch e, const View& v) {
   const u32 agent = epoch_agent(e);
-  if (e == kBefore || epoch_cluster(e) != machine.run || agent == 0 || agent > machine.num_blocks * machine.num_threads) return false;
+  if (e == kBefore || epoch_cluster(e) != machine.run || agent == 0 || agent > machine.num_blocks * machine.num_threads)
+    return false;
   const std::vector<u32>& fences = machine.threads[agent - 1].proxy_fences;
   const auto first = std::lower_bound(fences.begin(), fences.end(), epoch_clock(e));
   return first == fences.end() || !v.knows(agent, *first);
 }
 
-// ---- accesses ---------------------------------------------------------------------------------------------------------------------------------------
+// ---- accesses
 
 [[noreturn]] static void report(const Shadow::Conflict& c, const std::string& where, void* caller) {
   std::string s = std::string(c.what) + ": " + where;
@@ -96,7 +102,8 @@ void shared_read(Block& b, u32 offset, u32 num_bytes, const View& v, Way way, vo
 }
 
 void shared_write(Block& b, u32 offset, u32 num_bytes, const View& v, Way way, Epoch mark, void* caller) {
-  if (const auto c = way == Way::atomic ? b.shadow->update(offset, num_bytes, v) : b.shadow->write(offset, num_bytes, v, way, mark))
+  if (const auto c = way == Way::atomic ? b.shadow->update(offset, num_bytes, v)
+                                        : b.shadow->write(offset, num_bytes, v, way, mark))
     report(c, shared_name(b, u32(c.offset)), caller);
 }
 
@@ -108,7 +115,9 @@ Block* block_of(const void* p, u32* offset) {
 }
 
 Buffer* find_buffer(uintptr_t address, u64 num_bytes) {
-  const auto holds = [&](const Buffer& b) { return address >= b.address && address + num_bytes <= b.address + b.num_bytes; };
+  const auto holds = [&](const Buffer& b) {
+    return address >= b.address && address + num_bytes <= b.address + b.num_bytes;
+  };
   if (machine.last_buffer && holds(*machine.last_buffer)) return machine.last_buffer;
   for (const auto& b : machine.buffers)
     if (holds(*b)) return machine.last_buffer = b.get();
@@ -126,27 +135,32 @@ static std::string nearest_buffer(uintptr_t address) {
   }
   if (address < 4096) return "a null pointer";
   if (!best) return text("%p, near no buffer of this launch", reinterpret_cast<void*>(address));
-  return text("%zu bytes %s of buffer %s (%llu bytes)", size_t(distance), behind ? "behind the end" : "before the start", best->name.c_str(),
-              (unsigned long long)best->num_bytes);
+  return text("%zu bytes %s of buffer %s (%llu bytes)", size_t(distance),
+              behind ? "behind the end" : "before the start", best->name.c_str(), (unsigned long long)best->num_bytes);
 }
 
 void global_access(uintptr_t address, u64 num_bytes, bool write, const View& v, Way way, void* caller) {
   Buffer* b = find_buffer(address, num_bytes);
-  if (!b) fail_at(caller, text("out-of-bounds global %s of %llu bytes: ", write ? "write" : "read", (unsigned long long)num_bytes) + nearest_buffer(address));
+  if (!b)
+    fail_at(caller,
+            text("out-of-bounds global %s of %llu bytes: ", write ? "write" : "read", (unsigned long long)num_bytes) +
+                nearest_buffer(address));
   if (write && !b->writable) {
     for (const auto& other : machine.buffers)  // the same memory may have been given twice
-      if (other->writable && address >= other->address && address + num_bytes <= other->address + other->num_bytes) b = other.get();
+      if (other->writable && address >= other->address && address + num_bytes <= other->address + other->num_bytes)
+        b = other.get();
     if (!b->writable) fail_at(caller, text("write to buffer %s, which is read-only", b->name.c_str()));
   }
   if (!b->constant && !v.knows(0, 1))
-    fail_at(caller, text("%s of buffer %s before griddep_wait: the kernel before this one may still %s it", write ? "write" : "read", b->name.c_str(),
-                         write ? "use" : "write"));
+    fail_at(caller, text("%s of buffer %s before griddep_wait: the kernel before this one may still %s it",
+                         write ? "write" : "read", b->name.c_str(), write ? "use" : "write"));
   if (!b->shadow.size()) return;
   const size_t offset = address - b->address;
   const auto c = way == Way::atomic ? b->shadow.update(offset, num_bytes, v)
                  : write            ? b->shadow.write(offset, num_bytes, v, Way::plain, v.epoch())
                                     : b->shadow.read(offset, num_bytes, v, Way::plain);
-  if (c) report(c, text("buffer %s, byte %zu of %llu", b->name.c_str(), c.offset, (unsigned long long)b->num_bytes), caller);
+  if (c)
+    report(c, text("buffer %s, byte %zu of %llu", b->name.c_str(), c.offset, (unsigned long long)b->num_bytes), caller);
 }
 
 void any_access(uintptr_t address, u64 num_bytes, bool write, void* caller) {
@@ -162,11 +176,13 @@ void any_access(uintptr_t address, u64 num_bytes, bool write, void* caller) {
   }
   const uintptr_t on_stack = address - reinterpret_cast<uintptr_t>(machine.stacks);
   if (on_stack < uintptr_t{machine.stack_bytes} * machine.num_stacks) {
-    if (on_stack / machine.stack_bytes != machine_index(t)) fail_at(caller, "access to the local memory of another thread");
+    if (on_stack / machine.stack_bytes != machine_index(t))
+      fail_at(caller, "access to the local memory of another thread");
     return;
   }
   const uintptr_t in_threads = address - reinterpret_cast<uintptr_t>(machine.threads.data());
-  if (in_threads < machine.threads.size() * sizeof(ThreadState) || address == reinterpret_cast<uintptr_t>(&current)) return;
+  if (in_threads < machine.threads.size() * sizeof(ThreadState) || address == reinterpret_cast<uintptr_t>(&current))
+    return;
   if (address >= machine.module_begin && address < machine.module_end) {
     if (write) fail_at(caller, "write to a constant or static variable");
     return;

@@ -28,7 +28,8 @@ static Others join_others(const Others& a, const Others& b) {
 PastRef join(const PastRef& a, const PastRef& b) {
   if (!b || a == b) return a;
   if (!a) return b;
-  const bool nothing_new = std::equal(b->known.begin(), b->known.end(), a->known.begin(), [](uint32_t x, uint32_t y) { return x <= y; });
+  const bool nothing_new =
+      std::equal(b->known.begin(), b->known.end(), a->known.begin(), [](uint32_t x, uint32_t y) { return x <= y; });
   if (nothing_new && (!b->other || a->other == b->other)) return a;
   // The threads of a block learn the same from the same barrier, one after the other.
   static PastRef last_a, last_b, last_sum;

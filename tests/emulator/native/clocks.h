@@ -1,8 +1,9 @@
 // clocks.h - vector clocks: who knows of whose accesses.
 //
-// An agent is anything that accesses memory on its own: a thread, the copies that arrive at one mbarrier, one warp's wgmma, one thread's
-// bulk stores, the kernel before this one. Each counts its own clock. `Past` says, for every agent, up to which clock its accesses happened
-// before now. Pasts are shared and never changed, so that a barrier of a thousand threads makes one, not a thousand.
+// An agent is anything that accesses memory on its own: a thread, the copies that arrive at one mbarrier, one warp's
+// wgmma, one thread's bulk stores, the kernel before this one. Each counts its own clock. `Past` says, for every agent,
+// up to which clock its accesses happened before now. Pasts are shared and never changed, so that a barrier of a
+// thousand threads makes one, not a thousand.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -15,8 +16,9 @@ struct Past;
 using PastRef = std::shared_ptr<const Past>;
 
 struct Past {
-  std::vector<uint32_t> known;                              // by agent, in this cluster
-  std::shared_ptr<const std::map<uint32_t, PastRef>> other;  // by cluster of this launch: learnt through atomics and fences; often null
+  std::vector<uint32_t> known;  // by agent, in this cluster
+  std::shared_ptr<const std::map<uint32_t, PastRef>>
+      other;  // by cluster of this launch: learnt through atomics and fences; often null
 };
 
 // One access: atomic (1 bit), cluster (23), agent (16), clock (24). Zero and the two largest are not accesses.
@@ -49,10 +51,11 @@ struct View {
   bool knows(uint32_t a, uint32_t c) const { return c <= (a == agent ? clock : past->known[a]); }
 };
 
-PastRef join(const PastRef& a, const PastRef& b);              // either may be null
-PastRef meet(const std::vector<View>& views);                  // what all of them know
+PastRef join(const PastRef& a, const PastRef& b);  // either may be null
+PastRef meet(const std::vector<View>& views);      // what all of them know
 PastRef with_own(const PastRef& past, uint32_t agent, uint32_t clock);
-// Agents are numbered anew in every cluster: what an atomic publishes is kept as `other` of the publisher's cluster, and read back.
+// Agents are numbered anew in every cluster: what an atomic publishes is kept as `other` of the publisher's cluster,
+// and read back.
 PastRef as_other(const PastRef& past, uint32_t cluster);
 PastRef from_other(const PastRef& past, uint32_t cluster);
 uint32_t next_clock(uint32_t clock);

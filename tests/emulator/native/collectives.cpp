@@ -1,4 +1,5 @@
-// collectives.cpp - what the lanes of a warp do together: each lane leaves its arguments, the last to arrive computes for all.
+// collectives.cpp - what the lanes of a warp do together: each lane leaves its arguments, the last to arrive computes
+// for all.
 #include <algorithm>
 
 #include "machine.h"
@@ -36,7 +37,8 @@ void collective(CollectiveFunction run, void* argument, u32 mask, const char* wh
   for (Collective& c : warp.collectives) {
     if (!c.used || !(c.mask & mask)) continue;
     if (c.mask != mask || c.run != run || c.at.line() != at.line())
-      fail("divergent: mask %08x, while lanes %08x wait in %s at %s with mask %08x", mask, c.arrived, c.what, position(c.at).c_str(), c.mask);
+      fail("divergent: mask %08x, while lanes %08x wait in %s at %s with mask %08x", mask, c.arrived, c.what,
+           position(c.at).c_str(), c.mask);
     mine = &c;
     break;
   }
@@ -78,7 +80,8 @@ uint64_t shuffle(uint64_t bits, int source_lane, u32 mask, Location at) {
         auto** lanes = reinterpret_cast<Lane**>(arguments);
         for (u32 i = 0; i < 32; i++) {
           if (!(arrived >> i & 1)) continue;
-          if (!(arrived >> lanes[i]->source & 1)) fail("lane %u reads lane %d, which does not take part", i, lanes[i]->source);
+          if (!(arrived >> lanes[i]->source & 1))
+            fail("lane %u reads lane %d, which does not take part", i, lanes[i]->source);
           lanes[i]->out = lanes[lanes[i]->source]->in;
         }
       },

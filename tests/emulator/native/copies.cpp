@@ -1,4 +1,5 @@
-// copies.cpp - asynchronous copies. The destination is poison from the moment of issue; the bytes come at once, as late as a wait allows, or between.
+// copies.cpp - asynchronous copies. The destination is poison from the moment of issue; the bytes come at once, as late
+// as a wait allows, or between.
 #include <algorithm>
 #include <cstring>
 
@@ -17,7 +18,7 @@ static void check_alignment(const void* global, u32 shared, u32 num_bytes) {
   if (!num_bytes || num_bytes % 16) fail("%u bytes, expected a multiple of 16", num_bytes);
 }
 
-// ---- cp.async: belongs to the thread that issues it ---------------------------------------------------------------------------------------------------
+// ---- cp.async: belongs to the thread that issues it
 
 static void run(const Copy16& c) {
   u8* to = my_block().arena + c.to;
@@ -62,7 +63,7 @@ void cp_async_wait(u32 num_groups, Location at) {
   }
 }
 
-// ---- tensor maps ------------------------------------------------------------------------------------------------------------------------------------------
+// ---- tensor maps
 
 // PTX ISA, "Swizzling modes": 16-byte chunks; address bits 4.. are XORed with bits 7...
 u32 swizzled(u32 address, u32 mode) {
@@ -112,12 +113,13 @@ static void each_chunk(const TensorMap& m, const Coordinates& where, u32 shared,
     for (u32 x = 0; x < row_bytes; x += 16) {
       const int64_t offset = int64_t{where.at[0]} * m.element_bytes + x;
       const u32 first = u32(std::clamp<int64_t>(-offset, 0, 16)), last = u32(std::clamp<int64_t>(end - offset, 0, 16));
-      f(swizzled(shared + r * row_bytes + x, m.swizzle), reinterpret_cast<u8*>(m.base) + row_offset + offset, inside ? first : 0, inside ? last : 0);
+      f(swizzled(shared + r * row_bytes + x, m.swizzle), reinterpret_cast<u8*>(m.base) + row_offset + offset,
+        inside ? first : 0, inside ? last : 0);
     }
   }
 }
 
-// ---- loads that an mbarrier counts --------------------------------------------------------------------------------------------------------------------------
+// ---- loads that an mbarrier counts
 
 static void issue(Load load, Barrier* barrier, u32 mask, void* to) {
   ThreadState& t = me();
@@ -127,7 +129,8 @@ static void issue(Load load, Barrier* barrier, u32 mask, void* to) {
     check_box(load.map, offset);
   else
     check_alignment(load.from, offset, load.num_bytes);
-  if (mask >> machine.num_blocks) fail("mask %04x names a block that the cluster of %u has not", mask, machine.num_blocks);
+  if (mask >> machine.num_blocks)
+    fail("mask %04x names a block that the cluster of %u has not", mask, machine.num_blocks);
   const bool multicast = mask != 0;
   for (u32 rank = 0; rank < machine.num_blocks; rank++) {
     if (multicast ? !(mask >> rank & 1) : rank != t.block->rank) continue;
@@ -136,7 +139,8 @@ static void issue(Load load, Barrier* barrier, u32 mask, void* to) {
     if (offset + load.num_bytes > kArenaBytes) fail("the load runs past the end of shared memory");
     MBarrier& m = mbarrier_of(b, barrier);
     if (machine.checked()) {
-      if (!t.view.knows(b.shadow->last_write(m.offset))) fail("%s is used without synchronisation with its initialisation", describe(b, m).c_str());
+      if (!t.view.knows(b.shadow->last_write(m.offset)))
+        fail("%s is used without synchronisation with its initialisation", describe(b, m).c_str());
       if (!m.fenced && unfenced(b.shadow->last_write(m.offset), t.view))
         fail("%s is used by a copy without fence_mbarrier_init after its initialisation", describe(b, m).c_str());
       shared_write(b, offset, load.num_bytes, t.view, Way::async, kPending);
@@ -202,7 +206,7 @@ void tma_load(void* to, const void* map, Barrier* barrier, Coordinates where, u3
   issue(load, barrier, mask, to);
 }
 
-// ---- stores that their thread waits for in groups ---------------------------------------------------------------------------------------------------------------
+// ---- stores that their thread waits for in groups
 
 static void run(Store& s) {
   if (s.done) return;

@@ -1,4 +1,5 @@
-// emulator.h - what a kernel sees of the emulator. kernels/hopper.cuh includes this file instead of PTX when g++ compiles it.
+// emulator.h - what a kernel sees of the emulator. kernels/hopper.cuh includes this file instead of PTX when g++
+// compiles it.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -37,14 +38,14 @@
 #define __cluster_dims__(...)
 #define __shared__ static_assert(false, "shared memory is declared by SHARED_ARRAY or SHARED_DYNAMIC");
 
-// ---- shared memory ------------------------------------------------------------------------------------------------------------------------
+// ---- shared memory
 
-#define SHARED_ARRAY(T, name, dims)                                                                    \
+#define SHARED_ARRAY(T, name, dims)                                                                        \
   static emu::SharedArray name##_site{sizeof(T dims), alignof(T dims) < 16 ? 16 : alignof(T dims), #name}; \
   T(&name) dims = *(T(*) dims)emu::shared_array(&name##_site)
 #define SHARED_DYNAMIC(name, alignment) unsigned char* name = (unsigned char*)emu::shared_dynamic(alignment)
 
-// ---- a kernel as the launcher sees it -------------------------------------------------------------------------------------------------------
+// ---- a kernel as the launcher sees it
 
 namespace emu {
 
@@ -79,7 +80,8 @@ struct Signature<void (*)(A...)> {
   static constexpr uint32_t count = sizeof...(A);
   // Not hooked: it reads the launcher's argument array, as the hardware does.
   template <size_t... I>
-  __attribute__((no_sanitize("thread"))) static void call(void (*f)(A...), void** arguments, std::index_sequence<I...>) {
+  __attribute__((no_sanitize("thread"))) static void call(void (*f)(A...), void** arguments,
+                                                          std::index_sequence<I...>) {
     f(*static_cast<std::remove_cv_t<A>*>(arguments[I])...);
   }
   __attribute__((no_sanitize("thread"))) static void call(void (*f)(A...), void** arguments) {
@@ -89,12 +91,12 @@ struct Signature<void (*)(A...)> {
 
 }  // namespace emu
 
-#define EXPORT_KERNEL(name)                                                                                                             \
-  extern "C" __attribute__((visibility("default"), no_sanitize("thread"))) void emu_run_##name(void** arguments) {                       \
-    emu::Signature<decltype(&name)>::call(&name, arguments);                                                                             \
-  }                                                                                                                                      \
-  extern "C" __attribute__((visibility("default"))) const emu::KernelTable emu_kernel_##name;                                            \
-  const emu::KernelTable emu_kernel_##name = {emu_run_##name, emu::Signature<decltype(&name)>::count,                                    \
+#define EXPORT_KERNEL(name)                                                                                        \
+  extern "C" __attribute__((visibility("default"), no_sanitize("thread"))) void emu_run_##name(void** arguments) { \
+    emu::Signature<decltype(&name)>::call(&name, arguments);                                                       \
+  }                                                                                                                \
+  extern "C" __attribute__((visibility("default"))) const emu::KernelTable emu_kernel_##name;                      \
+  const emu::KernelTable emu_kernel_##name = {emu_run_##name, emu::Signature<decltype(&name)>::count,              \
                                               emu::Signature<decltype(&name)>::parameters};
 
 #include "builtins.h"

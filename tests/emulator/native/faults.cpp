@@ -1,4 +1,5 @@
-// faults.cpp - a kernel that runs into unmapped memory, out of its stack or divides by zero ends its launch with a message, not the process.
+// faults.cpp - a kernel that runs into unmapped memory, out of its stack or divides by zero ends its launch with a
+// message, not the process.
 #include "faults.h"
 
 #include <ucontext.h>
@@ -37,7 +38,7 @@ FaultGuard::FaultGuard() {
   ours.ss_sp = memory;
   ours.ss_size = sizeof memory;
   sigaltstack(&ours, &old_stack_);
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_sigaction = handle;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   sigemptyset(&action.sa_mask);

@@ -1,4 +1,5 @@
-// instructions.h - the emulator's functions that hopper.cuh and builtins.h call, one for each instruction. Definitions: the .cpp files.
+// instructions.h - the emulator's functions that hopper.cuh and builtins.h call, one for each instruction. Definitions:
+// the .cpp files.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -42,7 +43,8 @@ void check_vector(const void* p, uint32_t num_bytes, bool write, Location at);
 void load_nc(void* to, const void* p, uint32_t num_bytes, Location at);
 void prefetch(const void* p, uint32_t num_bytes, Location at);
 void thread_fence(bool device_wide, Location at);
-uint64_t atomic(Atomic operation, void* p, uint32_t num_bytes, char type, uint64_t operand, uint64_t compare, Location at);
+uint64_t atomic(Atomic operation, void* p, uint32_t num_bytes, char type, uint64_t operand, uint64_t compare,
+                Location at);
 
 // arithmetic
 uint32_t e4m3x2_to_f16x2(uint16_t pair);
@@ -100,7 +102,9 @@ void mma(float* d, const uint32_t* a, const uint32_t* b, Element element, Locati
 void wgmma_fence(Location at);
 void wgmma_commit(Location at);
 void wgmma_wait(uint32_t num_groups, Location at);
-void wgmma(float* d, uint32_t n, Element element, uint64_t a, uint64_t b, int accumulate, int transpose_a, int transpose_b, Location at);
-void wgmma_ra(float* d, uint32_t n, Element element, const uint32_t* a, uint64_t b, int accumulate, int transpose_b, Location at);
+void wgmma(float* d, uint32_t n, Element element, uint64_t a, uint64_t b, int accumulate, int transpose_a,
+           int transpose_b, Location at);
+void wgmma_ra(float* d, uint32_t n, Element element, const uint32_t* a, uint64_t b, int accumulate, int transpose_b,
+              Location at);
 
 }  // namespace emu

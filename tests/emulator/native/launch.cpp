@@ -28,7 +28,8 @@ struct LaunchDescription {
 };
 
 static u8* reserve(size_t num_bytes, size_t alignment) {
-  void* p = mmap(nullptr, num_bytes + alignment, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* p =
+      mmap(nullptr, num_bytes + alignment, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) fail("emulator: no memory for %zu bytes", num_bytes);
   return reinterpret_cast<u8*>((reinterpret_cast<uintptr_t>(p) + alignment - 1) / alignment * alignment);
 }
@@ -119,7 +120,8 @@ static void prepare_cluster(uint3 first) {
   machine.cluster_gathering = {};
   machine.shared_sets.clear();
   const auto arena = reinterpret_cast<uintptr_t>(machine.arenas);
-  std::erase_if(machine.atomics, [&](const auto& a) { return a.first - arena < uintptr_t{kArenaBytes} * machine.num_blocks; });
+  std::erase_if(machine.atomics,
+                [&](const auto& a) { return a.first - arena < uintptr_t{kArenaBytes} * machine.num_blocks; });
   machine.block_atomics.clear();
   PastRef beginning;
   if (machine.checked()) {
@@ -184,7 +186,8 @@ static void run_grid(const LaunchDescription& d) {
     for (size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[machine.random(u32(i))]);
   machine.cluster_index = order;
 
-  // Copies and wgmma are late or early together for odd seeds, opposite for even ones: each extreme hides the other's mistakes.
+  // Copies and wgmma are late or early together for odd seeds, opposite for even ones: each extreme hides the other's
+  // mistakes.
   const auto delivery = Delivery(machine.options.delivery);
   machine.wgmma_delivery = delivery == Delivery::random || machine.options.seed % 2 ? delivery
                            : delivery == Delivery::early                            ? Delivery::late
@@ -195,12 +198,16 @@ static void run_grid(const LaunchDescription& d) {
     if (!machine.error.empty()) return;
     for (const Block& b : machine.blocks)
       if (machine.options.overlaps_previous && !b.waited_for_previous)
-        fail("block (%u,%u,%u) of a launch that overlaps the previous one never calls griddep_wait: the kernel after it would not wait for the one before",
-             b.index.x, b.index.y, b.index.z);
+        fail(
+            "block (%u,%u,%u) of a launch that overlaps the previous one never calls griddep_wait: "
+            "the kernel after it would not wait for the one before",
+            b.index.x, b.index.y, b.index.z);
   }
 }
 
-extern "C" __attribute__((visibility("default"))) int emu_launch(const KernelTable* kernel, const LaunchDescription* description, const Options* options) {
+extern "C" __attribute__((visibility("default"))) int emu_launch(const KernelTable* kernel,
+                                                                 const LaunchDescription* description,
+                                                                 const Options* options) {
   machine.options = *options;
   machine.kernel = kernel->run;
   machine.error.clear();

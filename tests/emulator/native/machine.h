@@ -1,4 +1,5 @@
-// machine.h - the state of the emulated machine: one cluster of thread blocks runs at a time, one fiber for each CUDA thread.
+// machine.h - the state of the emulated machine: one cluster of thread blocks runs at a time, one fiber for each CUDA
+// thread.
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -33,7 +34,7 @@ constexpr u32 kRedZoneBytes = 48;
 constexpr u32 kMaxBarriers = 64, kMaxStoreSlots = 32;  // per block, under the checker
 constexpr u32 kMaxThreads = 1024;
 
-// ---- failures (report.cpp) ------------------------------------------------------------------------------------------------------------------
+// ---- failures (report.cpp)
 
 // Ends the launch with this message; the place is the current thread's instruction, or the code at `caller`.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -41,7 +42,7 @@ constexpr u32 kMaxThreads = 1024;
 std::string position(Location at);
 std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// ---- state ------------------------------------------------------------------------------------------------------------------------------------
+// ---- state
 
 struct TensorMap {  // the emulator's 128 bytes; device.py encodes them
   u64 magic, base;
@@ -81,10 +82,11 @@ struct ThreadState : Thread {
   bool done = false;
   const char* doing = nullptr;  // the instruction it executes or waits in
   Location at;
-  std::string waits_for;        // what a deadlock report adds
+  std::string waits_for;  // what a deadlock report adds
 
-  View view;                    // checker: what this thread knows
-  // By scope (0: this block, 1: the device): what the last fence made ready to publish, and what atomics have read since.
+  View view;  // checker: what this thread knows
+  // By scope (0: this block, 1: the device): what the last fence made ready to publish, and what atomics have read
+  // since.
   PastRef released[2], learnt[2];
   std::vector<u32> proxy_fences;  // clocks at which it executed fence_proxy_async
   bool fenced_barriers = false;
@@ -133,7 +135,8 @@ struct MBarrier {
   std::vector<u32> waiting;  // threads, by machine index
   Gathering gathering;
   PastRef released;
-  u32 agent = 0, clock = 0, observed = 0;  // clock counts loads; observed: up to which a thread that has ended knew of them
+  u32 agent = 0, clock = 0,
+      observed = 0;  // clock counts loads; observed: up to which a thread that has ended knew of them
 };
 
 struct Load {  // one bulk or tensor load on its way to one block
@@ -190,7 +193,8 @@ struct Machine {
   void (*kernel)(void**) = nullptr;
   void** arguments = nullptr;
   dim3 grid, block_dim, cluster;
-  u32 shared_bytes = 0, num_threads = 0, num_blocks = 0, num_agents = 0, run = 0;  // num_blocks of the cluster; run: number of this cluster
+  u32 shared_bytes = 0, num_threads = 0, num_blocks = 0, num_agents = 0,
+      run = 0;  // num_blocks of the cluster; run: number of this cluster
   Delivery wgmma_delivery = Delivery::early;
 
   std::vector<ThreadState> threads;  // block by block
@@ -199,8 +203,9 @@ struct Machine {
   Buffer* last_buffer = nullptr;
   std::vector<uint3> cluster_index;  // by run: the first block of the cluster
   ReaderSets shared_sets, global_sets;
-  std::map<uintptr_t, PastRef> atomics;                         // what a location's atomics publish to the device
-  std::map<std::pair<uintptr_t, u32>, PastRef> block_atomics;   // and, after __threadfence_block, to the block of this rank
+  std::map<uintptr_t, PastRef> atomics;  // what a location's atomics publish to the device
+  std::map<std::pair<uintptr_t, u32>, PastRef>
+      block_atomics;  // and, after __threadfence_block, to the block of this rank
   std::vector<Load> loads;
   Gathering cluster_gathering;
   u32 cluster_arrived = 0, cluster_phase = 0;
@@ -232,7 +237,7 @@ inline void doing(const char* what, Location at) {
   me().at = at;
 }
 
-// ---- scheduler.cpp ----------------------------------------------------------------------------------------------------------------------------
+// ---- scheduler.cpp
 
 void make_ready(u32 thread);
 void wake(std::vector<u32>& threads);  // and empties the list
@@ -240,7 +245,7 @@ void block_current();                  // until somebody makes it ready
 void preempt();                        // perhaps let others run, after something they may have waited for
 void run_cluster();
 
-// ---- agents of the checker (checker.cpp) --------------------------------------------------------------------------------------------------------
+// ---- agents of the checker (checker.cpp)
 
 u32 thread_agent(u32 block, u32 thread);
 u32 barrier_agent(u32 block, u32 number);
@@ -264,10 +269,11 @@ void any_access(uintptr_t address, u64 num_bytes, bool write, void* caller);
 Buffer* find_buffer(uintptr_t address, u64 num_bytes);
 Block* block_of(const void* p, u32* offset);  // whose shared memory p points to; null: nobody's
 
-// ---- pieces that act on their own -----------------------------------------------------------------------------------------------------------------
+// ---- pieces that act on their own
 
 using CollectiveFunction = void (*)(void** arguments, u32 mask);
-void collective(CollectiveFunction run, void* argument, u32 mask, const char* what, Location at, bool orders_memory = false);
+void collective(CollectiveFunction run, void* argument, u32 mask, const char* what, Location at,
+                bool orders_memory = false);
 void thread_left_collectives(ThreadState& t);
 void thread_left_barriers(ThreadState& t);
 void thread_left_mbarriers(ThreadState& t);

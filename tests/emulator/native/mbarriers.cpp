@@ -1,4 +1,5 @@
-// mbarriers.cpp - barriers in shared memory that count arrivals and bytes. Their state lives here; the kernel's 8 bytes hold a mark.
+// mbarriers.cpp - barriers in shared memory that count arrivals and bytes. Their state lives here; the kernel's 8 bytes
+// hold a mark.
 #include <algorithm>
 
 #include "machine.h"
@@ -8,7 +9,9 @@ namespace emu {
 static constexpr u64 kMark = 0x4d42617272696572;
 static constexpr int64_t kMaxBytes = (1 << 20) - 1;  // PTX ISA, mbarrier: range of the tx-count
 
-static u64 mark(u32 number) { return kMark ^ u64{number} << 8; }
+static u64 mark(u32 number) {
+  return kMark ^ u64 { number } << 8;
+}
 
 static std::string name_of(const Block& b, u32 offset) { return shared_name(b, offset); }
 
@@ -19,13 +22,14 @@ MBarrier& mbarrier_of(Block& b, const void* p) {
   if (offset % 8) fail("%s is not 8-byte aligned", name_of(b, offset).c_str());
   const u32 number = b.mbarrier_at[offset / 8];
   if (!number) fail("the mbarrier at %s is not initialised", name_of(b, offset).c_str());
-  if (*reinterpret_cast<const u64*>(b.arena + offset) != mark(number)) fail("the mbarrier at %s was overwritten", name_of(b, offset).c_str());
+  if (*reinterpret_cast<const u64*>(b.arena + offset) != mark(number))
+    fail("the mbarrier at %s was overwritten", name_of(b, offset).c_str());
   return b.mbarriers[number - 1];
 }
 
 std::string describe(const Block& b, const MBarrier& m) {
-  return text("mbarrier at %s: phase %u, %u of %u arrivals and %lld bytes missing", name_of(b, m.offset).c_str(), m.phase, m.pending, m.count,
-              (long long)m.bytes);
+  return text("mbarrier at %s: phase %u, %u of %u arrivals and %lld bytes missing", name_of(b, m.offset).c_str(),
+              m.phase, m.pending, m.count, (long long)m.bytes);
 }
 
 static void must_know_init(Block& b, const MBarrier& m) {
@@ -41,7 +45,8 @@ void mbarrier_init(Barrier* p, u32 count, Location at) {
   if (offset % 8) fail("%s is not 8-byte aligned", name_of(*b, offset).c_str());
   if (!count || count > (1u << 20) - 1) fail("count %u, expected 1 to 1048575", count);
   u16& number = b->mbarrier_at[offset / 8];
-  if (number && b->mbarriers[number - 1].live) fail("the mbarrier at %s is initialised twice", name_of(*b, offset).c_str());
+  if (number && b->mbarriers[number - 1].live)
+    fail("the mbarrier at %s is initialised twice", name_of(*b, offset).c_str());
   MBarrier m{};
   m.offset = offset;
   m.count = m.pending = count;
@@ -108,7 +113,8 @@ void mbarrier_arrive_cluster(Barrier* p, u32 rank, Location at) {
   Block& b = machine.blocks[rank];
   if (!b.live) fail("block rank %u has ended: its shared memory is gone", rank);
   MBarrier& m = mbarrier_of(b, p);
-  if (&b != &my_block() && !m.fenced) fail("%s is used by another block without fence_mbarrier_init after its initialisation", describe(b, m).c_str());
+  if (&b != &my_block() && !m.fenced)
+    fail("%s is used by another block without fence_mbarrier_init after its initialisation", describe(b, m).c_str());
   arrive(b, m, 0);
 }
 
@@ -137,11 +143,13 @@ void thread_left_mbarriers(ThreadState& t) {
   Block& b = *t.block;
   if (!b.live)
     for (const Load& l : machine.loads)
-      if (l.block == b.rank) fail("the block ends with a bulk load that nobody waited for: %s", describe(b, b.mbarriers[l.barrier]).c_str());
+      if (l.block == b.rank)
+        fail("the block ends with a bulk load that nobody waited for: %s", describe(b, b.mbarriers[l.barrier]).c_str());
   if (!machine.checked()) return;
   for (MBarrier& m : b.mbarriers) {
     m.observed = std::max(m.observed, t.view.past->known[m.agent]);
-    if (!b.live && m.observed < m.clock) fail("the block ends with a bulk load that nobody waited for: %s", describe(b, m).c_str());
+    if (!b.live && m.observed < m.clock)
+      fail("the block ends with a bulk load that nobody waited for: %s", describe(b, m).c_str());
   }
 }
 

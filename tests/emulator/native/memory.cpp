@@ -6,7 +6,7 @@
 
 namespace emu {
 
-// ---- shared memory ------------------------------------------------------------------------------------------------------------------------------------
+// ---- shared memory
 
 void* shared_array(SharedArray* site) {
   Block& b = my_block();
@@ -16,8 +16,10 @@ void* shared_array(SharedArray* site) {
     it->second = offset;
     b.static_end = u32(offset + site->num_bytes);
     const u32 num_static = b.static_end - b.static_begin - kRedZoneBytes * u32(b.arrays.size());
-    if (num_static > kMaxStaticBytes) fail("more than %u bytes of static shared memory (SHARED_ARRAY)", kMaxStaticBytes);
-    if (num_static + machine.shared_bytes > kMaxSharedBytes) fail("more than %u bytes of shared memory, static and dynamic", kMaxSharedBytes);
+    if (num_static > kMaxStaticBytes)
+      fail("more than %u bytes of static shared memory (SHARED_ARRAY)", kMaxStaticBytes);
+    if (num_static + machine.shared_bytes > kMaxSharedBytes)
+      fail("more than %u bytes of shared memory, static and dynamic", kMaxSharedBytes);
     poison(b, offset, u32(site->num_bytes));
     if (machine.checked()) b.shadow->fill(offset, site->num_bytes, kUninitialised);
   }
@@ -27,7 +29,8 @@ void* shared_array(SharedArray* site) {
 void* shared_dynamic(u32 alignment) {
   Block& b = my_block();
   if (!b.dynamic_offset) {
-    if (alignment < 16 || alignment > 1024 || alignment & (alignment - 1)) fail("SHARED_DYNAMIC: alignment %u, expected 16 to 1024", alignment);
+    if (alignment < 16 || alignment > 1024 || alignment & (alignment - 1))
+      fail("SHARED_DYNAMIC: alignment %u, expected 16 to 1024", alignment);
     b.dynamic_offset = kDynamicBase + alignment;  // aligned as declared, never better
     if (machine.checked()) b.shadow->fill(b.dynamic_offset, machine.shared_bytes, kUninitialised);
   }
@@ -39,14 +42,15 @@ u32 shared_address(const void* p, Location at) {
   u32 offset;
   Block* b = block_of(p, &offset);
   if (!b) fail("%p does not point into shared memory", p);
-  if (b != &my_block()) fail("the pointer leads into another block's shared memory (use the _cluster form of the instruction)");
+  if (b != &my_block())
+    fail("the pointer leads into another block's shared memory (use the _cluster form of the instruction)");
   return offset;
 }
 
 // NaN in every floating-point format.
 void poison(Block& b, u32 offset, u32 num_bytes) { memset(b.arena + offset, 0xff, num_bytes); }
 
-// ---- named accesses -----------------------------------------------------------------------------------------------------------------------------------
+// ---- named accesses
 
 void check_vector(const void* p, u32 num_bytes, bool write, Location at) {
   doing(write ? "vector store" : "vector load", at);
@@ -61,20 +65,24 @@ void load_nc(void* to, const void* p, u32 num_bytes, Location at) {
   if (machine.checked()) {
     const auto address = reinterpret_cast<uintptr_t>(p);
     global_access(address, num_bytes, false, me().view, Way::plain);
-    if (const Buffer* b = find_buffer(address, num_bytes); b && b->writable) fail("buffer %s is written by this launch: the read-only path may give old data", b->name.c_str());
+    if (const Buffer* b = find_buffer(address, num_bytes); b && b->writable)
+      fail("buffer %s is written by this launch: the read-only path may give old data", b->name.c_str());
   }
   memcpy(to, p, num_bytes);
 }
 
 void prefetch(const void* p, u32 num_bytes, Location at) {
   doing("prefetch", at);
-  if (num_bytes > 1 && (num_bytes % 16 || reinterpret_cast<uintptr_t>(p) % 16)) fail("address and size must be multiples of 16");
-  if (machine.checked() && !find_buffer(reinterpret_cast<uintptr_t>(p), num_bytes)) fail("the address is outside of every buffer");
+  if (num_bytes > 1 && (num_bytes % 16 || reinterpret_cast<uintptr_t>(p) % 16))
+    fail("address and size must be multiples of 16");
+  if (machine.checked() && !find_buffer(reinterpret_cast<uintptr_t>(p), num_bytes))
+    fail("the address is outside of every buffer");
 }
 
-// ---- fences and atomics -----------------------------------------------------------------------------------------------------------------------------------
+// ---- fences and atomics
 
-// fence, then atomic: publishes what the thread knew at the fence. atomic, then fence: the thread learns what was published.
+// fence, then atomic: publishes what the thread knew at the fence. atomic, then fence: the thread learns what was
+// published.
 void thread_fence(bool device_wide, Location at) {
   doing(device_wide ? "__threadfence" : "__threadfence_block", at);
   if (!machine.checked()) return;
@@ -106,7 +114,8 @@ static u64 apply(Atomic operation, char type, u32 num_bytes, u64 old, u64 operan
     }
   }
   const bool is_signed = type == 'i';
-  const int64_t sa = num_bytes == 4 ? int32_t(old) : int64_t(old), sb = num_bytes == 4 ? int32_t(operand) : int64_t(operand);
+  const int64_t sa = num_bytes == 4 ? int32_t(old) : int64_t(old),
+                sb = num_bytes == 4 ? int32_t(operand) : int64_t(operand);
   switch (operation) {
     case Atomic::add: return old + operand;
     case Atomic::min: return is_signed ? u64(std::min(sa, sb)) : std::min(old, operand);

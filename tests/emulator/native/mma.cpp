@@ -24,13 +24,15 @@ static u32 row_offset(const void* row, u32 num_matrices, Location at, const char
   return offset;
 }
 
-// The two 16-bit elements of matrix `i` that a lane holds: row lane / 4, columns 2 (lane % 4) and + 1, or the transposed places.
+// The two 16-bit elements of matrix `i` that a lane holds: row lane / 4, columns 2 (lane % 4) and + 1, or the
+// transposed places.
 static u32 element_offset(MatrixLane** lanes, u32 i, u32 lane, u32 half) {
   const u32 row = lane / 4, column = lane % 4 * 2 + half;
   return lanes[0]->transposed ? lanes[i * 8 + column]->offset + row * 2 : lanes[i * 8 + row]->offset + column * 2;
 }
 
-// Every lane gets words of every row: all 32 must know that the row was written. (The lane that names the row reads it as well.)
+// Every lane gets words of every row: all 32 must know that the row was written. (The lane that names the row reads it
+// as well.)
 static void check_rows(MatrixLane** lanes) {
   if (!machine.checked()) return;
   const u32 first = machine_index(me()) - me().lane;
@@ -47,7 +49,8 @@ static void check_rows(MatrixLane** lanes) {
 void ldmatrix(u32* registers, u32 num_matrices, const void* row, bool transposed, Location at) {
   doing("ldmatrix", at);
   MatrixLane lane{registers, nullptr, row_offset(row, num_matrices, at, "ldmatrix"), num_matrices, transposed};
-  if (machine.checked() && current->lane < num_matrices * 8) shared_read(my_block(), lane.offset, 16, me().view, Way::plain);
+  if (machine.checked() && current->lane < num_matrices * 8)
+    shared_read(my_block(), lane.offset, 16, me().view, Way::plain);
   collective(
       [](void** arguments, u32 mask) {
         whole_warp(mask, "ldmatrix");
@@ -113,15 +116,18 @@ void mma(float* d, const u32* a, const u32* b, Element element, Location at) {
   static constexpr CollectiveFunction run[] = {
       [](void** lanes, u32 mask) {
         whole_warp(mask, "mma");
-        multiply(reinterpret_cast<MmaLane**>(lanes), 16, 2, [](u32 bits, u32 e) { return decode_bf16(u16(bits >> (16 * e))); });
+        multiply(reinterpret_cast<MmaLane**>(lanes), 16, 2,
+                 [](u32 bits, u32 e) { return decode_bf16(u16(bits >> (16 * e))); });
       },
       [](void** lanes, u32 mask) {
         whole_warp(mask, "mma");
-        multiply(reinterpret_cast<MmaLane**>(lanes), 16, 2, [](u32 bits, u32 e) { return decode_f16(u16(bits >> (16 * e))); });
+        multiply(reinterpret_cast<MmaLane**>(lanes), 16, 2,
+                 [](u32 bits, u32 e) { return decode_f16(u16(bits >> (16 * e))); });
       },
       [](void** lanes, u32 mask) {
         whole_warp(mask, "mma");
-        multiply(reinterpret_cast<MmaLane**>(lanes), 32, 4, [](u32 bits, u32 e) { return decode_e4m3(u8(bits >> (8 * e))); });
+        multiply(reinterpret_cast<MmaLane**>(lanes), 32, 4,
+                 [](u32 bits, u32 e) { return decode_e4m3(u8(bits >> (8 * e))); });
       },
   };
   collective(run[u32(element)], &lane, ~0u, "mma", at);

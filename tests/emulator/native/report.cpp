@@ -62,9 +62,9 @@ static const char* const kDeliveries[] = {"early", "late", "random"};
   const Options& o = machine.options;
   const Thread& t = *current;
   machine.error = place + ": " + message +
-                  text(" [block (%u,%u,%u), thread %u = (%u,%u,%u); schedule=%s, delivery=%s, seed=%llu]", t.block_index.x, t.block_index.y,
-                       t.block_index.z, t.number, t.thread_index.x, t.thread_index.y, t.thread_index.z, kSchedules[o.schedule],
-                       kDeliveries[o.delivery], (unsigned long long)o.seed);
+                  text(" [block (%u,%u,%u), thread %u = (%u,%u,%u); schedule=%s, delivery=%s, seed=%llu]",
+                       t.block_index.x, t.block_index.y, t.block_index.z, t.number, t.thread_index.x, t.thread_index.y,
+                       t.thread_index.z, kSchedules[o.schedule], kDeliveries[o.delivery], (unsigned long long)o.seed);
   current = nullptr;
   void* never_resumed;
   switch_stack(&never_resumed, machine.main_stack);

@@ -57,7 +57,8 @@ void wake(std::vector<u32>& threads) {
     it->second.first++;
   }
   std::string s = "deadlock:";
-  for (const auto& [what, who] : groups) s += text(" %u threads (first: %u) wait in %s;", who.first, who.second, what.c_str());
+  for (const auto& [what, who] : groups)
+    s += text(" %u threads (first: %u) wait in %s;", who.first, who.second, what.c_str());
   s.pop_back();
   current = &machine.threads[first];
   fail("%s", s.c_str());
@@ -75,7 +76,7 @@ static u32 pick() {
   while (!num_ready) {
     if (!machine.loads.empty()) {
       const size_t n = machine.loads.size();
-      deliver_load(machine.options.delivery == u32(Delivery::random)      ? machine.random(u32(n))
+      deliver_load(machine.options.delivery == u32(Delivery::random)    ? machine.random(u32(n))
                    : machine.options.schedule == u32(Schedule::reverse) ? n - 1
                                                                         : 0);
     } else if (!step_any_wgmma()) {
@@ -134,7 +135,8 @@ static void leave() {
   Block& b = *t.block;
   t.doing = "end of the kernel";
   if (!t.copies.empty() || !t.copy_groups.empty()) fail("the thread ends with cp.async copies it has not waited for");
-  if (!t.stores.empty() || !t.store_groups.empty()) fail("the thread ends with bulk stores it has not waited for (their shared memory may be reused)");
+  if (!t.stores.empty() || !t.store_groups.empty())
+    fail("the thread ends with bulk stores it has not waited for (their shared memory may be reused)");
   if (!t.accumulators.empty()) fail("the thread ends with wgmma in flight");
   t.done = true;
   b.live--;

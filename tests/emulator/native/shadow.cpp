@@ -26,8 +26,8 @@ uint32_t ReaderSets::with(uint32_t set, Epoch e, const View& v) {
   if (step == last_) return last_result_;
   last_ = step;
   if (const auto it = steps_.find(step); it != steps_.end()) return last_result_ = it->second;
-  // A reader that happened before this one need not be kept: who knows of this one knows of that one. Except: an atomic access does not
-  // stand for a plain read, because atomics may follow it unordered.
+  // A reader that happened before this one need not be kept: who knows of this one knows of that one. Except: an atomic
+  // access does not stand for a plain read, because atomics may follow it unordered.
   std::vector<Epoch> next;
   uint32_t others = 0;
   for (Epoch x : sets_[set]) {
@@ -79,12 +79,14 @@ Shadow::Conflict Shadow::read(size_t offset, size_t num_bytes, const View& v, Wa
       if (x == kPending) return {"read before the asynchronous copy was waited for", i, x};
       if (x == kUninitialised) return {"read of memory nobody has written", i, 0};
       if (!v.knows(x)) return {"data race: read of a value another agent writes, without synchronisation", i, x};
-      if (way == Way::async && unfenced(x, v)) return {"async-proxy read of ordinary writes without fence_proxy_async in the writer", i, x};
+      if (way == Way::async && unfenced(x, v))
+        return {"async-proxy read of ordinary writes without fence_proxy_async in the writer", i, x};
       good = x;
     }
     if (readers_[i] != set) {
       for (Epoch r : (*sets_)[readers_[i]])
-        if (r & kAtomic && !v.knows(r & ~kAtomic)) return {"data race: plain read of a value another agent changes atomically", i, r};
+        if (r & kAtomic && !v.knows(r & ~kAtomic))
+          return {"data race: plain read of a value another agent changes atomically", i, r};
       next = sets_->with(set = readers_[i], v.epoch(), v);
     }
     readers_[i] = next;
@@ -100,7 +102,8 @@ Shadow::Conflict Shadow::write(size_t offset, size_t num_bytes, const View& v, W
     if (x != good) {
       if (x == kOutside) return {"out-of-bounds write", i, 0};
       if (x == kPending) return {"write over an asynchronous copy in flight", i, x};
-      if (x != kUninitialised && !v.knows(x)) return {"data race: write over a value another agent writes, without synchronisation", i, x};
+      if (x != kUninitialised && !v.knows(x))
+        return {"data race: write over a value another agent writes, without synchronisation", i, x};
       if (x != kUninitialised && way == Way::async && unfenced(x, v))
         return {"async-proxy write over ordinary writes without fence_proxy_async in the writer", i, x};
       good = x;
@@ -122,9 +125,11 @@ Shadow::Conflict Shadow::update(size_t offset, size_t num_bytes, const View& v) 
     if (x == kOutside) return {"out-of-bounds atomic operation", i, 0};
     if (x == kPending) return {"atomic operation over an asynchronous copy in flight", i, x};
     if (x == kUninitialised) return {"atomic operation on memory nobody has written", i, 0};
-    if (!v.knows(x)) return {"data race: atomic operation on a value another agent writes plainly, without synchronisation", i, x};
+    if (!v.knows(x))
+      return {"data race: atomic operation on a value another agent writes plainly, without synchronisation", i, x};
     for (Epoch r : (*sets_)[readers_[i]])
-      if (!(r & kAtomic) && !v.knows(r)) return {"data race: atomic operation on a value another agent reads plainly", i, r};
+      if (!(r & kAtomic) && !v.knows(r))
+        return {"data race: atomic operation on a value another agent reads plainly", i, r};
     readers_[i] = sets_->with(readers_[i], v.epoch() | kAtomic, v);
   }
   return {};

@@ -1,6 +1,7 @@
 // shadow.h - what is remembered of every byte: who wrote it last and who has read it since.
 //
-// An access that conflicts with one it does not know to have happened before is a race, whatever order this run happened to take.
+// An access that conflicts with one it does not know to have happened before is a race, whatever order this run
+// happened to take.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -34,7 +35,9 @@ class ReaderSets {
     bool operator==(const Step&) const = default;
   };
   struct StepHash {
-    size_t operator()(const Step& s) const { return (s.epoch * 0x9e3779b97f4a7c15ull ^ s.set) * 0xd1342543de82ef95ull >> 7; }
+    size_t operator()(const Step& s) const {
+      return (s.epoch * 0x9e3779b97f4a7c15ull ^ s.set) * 0xd1342543de82ef95ull >> 7;
+    }
   };
   std::unordered_map<Step, uint32_t, StepHash> steps_;
   Step last_{~0u, 0};

@@ -1,5 +1,5 @@
-// wgmma.cpp - warpgroup matrix multiply. Four warps issue one operation; each then executes its own 16 rows, at a moment of its own: what
-// one warp waits for says nothing of the other three.
+// wgmma.cpp - warpgroup matrix multiply. Four warps issue one operation; each then executes its own 16 rows, at a
+// moment of its own: what one warp waits for says nothing of the other three.
 #include <cstring>
 
 #include "machine.h"
@@ -8,20 +8,23 @@ namespace emu {
 
 static constexpr u32 kPoison = 0x7fffdead;  // a NaN that stands in accumulators from issue to wait
 
-// ---- operands ---------------------------------------------------------------------------------------------------------------------------------------------
+// ---- operands
 
-struct Operand {  // a shared memory descriptor, decoded: PTX ISA, "Matrix-descriptor" of wgmma
+struct Operand {                          // a shared memory descriptor, decoded: PTX ISA, "Matrix-descriptor" of wgmma
   u32 address, leading, stride, swizzle;  // swizzle as in tensor maps
 };
 
 static Operand decode(u64 descriptor) {
   static constexpr u32 kSwizzle[] = {0, 3, 2, 1};
   if (descriptor >> 49 & 7) fail("emulator: a matrix descriptor with a base offset");
-  const Operand o{u32(descriptor & 0x3fff) << 4, u32(descriptor >> 16 & 0x3fff) << 4, u32(descriptor >> 32 & 0x3fff) << 4, kSwizzle[descriptor >> 62]};
+  const Operand o{u32(descriptor & 0x3fff) << 4, u32(descriptor >> 16 & 0x3fff) << 4,
+                  u32(descriptor >> 32 & 0x3fff) << 4, kSwizzle[descriptor >> 62]};
   if (o.swizzle) {
-    const u32 pattern = 128u << o.swizzle, rows = pattern - 128;  // bytes of a pattern; address bits that say the row in it
+    const u32 pattern = 128u << o.swizzle,
+              rows = pattern - 128;  // bytes of a pattern; address bits that say the row in it
     if (o.address & rows & ~127u || o.stride % pattern)
-      fail("descriptor of a %u-byte swizzle: address %u and stride %u must be aligned to its pattern of %u bytes", 16u << o.swizzle, o.address, o.stride, pattern);
+      fail("descriptor of a %u-byte swizzle: address %u and stride %u must be aligned to its pattern of %u bytes",
+           16u << o.swizzle, o.address, o.stride, pattern);
   }
   return o;
 }
@@ -35,7 +38,9 @@ static u32 k_major(const Operand& o, u32 r, u32 k) {
 // Where 16-bit element (r, k) lies when the rows' elements are adjacent (MN-major).
 static u32 mn_major(const Operand& o, u32 r, u32 k) {
   const u32 per_atom = 8u << o.swizzle;
-  return swizzled(o.address + r % per_atom * 2 + r / per_atom * o.leading + k % 8 * (16u << o.swizzle) + k / 8 * o.stride, o.swizzle);
+  return swizzled(
+      o.address + r % per_atom * 2 + r / per_atom * o.leading + k % 8 * (16u << o.swizzle) + k / 8 * o.stride,
+      o.swizzle);
 }
 
 static float decode(Element element, const u8* p) {
@@ -46,7 +51,8 @@ static float decode(Element element, const u8* p) {
 }
 
 // Reads rows first..first + count of an operand as floats: to[k * count + row].
-static void read_operand(Block& b, u64 descriptor, bool transposed, Element element, u32 first, u32 count, float* to, const View& view) {
+static void read_operand(Block& b, u64 descriptor, bool transposed, Element element, u32 first, u32 count, float* to,
+                         const View& view) {
   const Operand o = decode(descriptor);
   const u32 size = element == Element::e4m3 ? 1 : 2, k_size = 32 / size;
   if (transposed && !o.swizzle) fail("emulator: an MN-major operand without a swizzle");
@@ -60,7 +66,8 @@ static void read_operand(Block& b, u64 descriptor, bool transposed, Element elem
       for (u32 k = 0; k < 32; k += 16) {
         const u32 offset = k_major(o, row, k);
         check(offset, 16);
-        for (u32 e = 0; e < 16 / size; e++) to[(k / size + e) * count + i] = decode(element, b.arena + offset + e * size);
+        for (u32 e = 0; e < 16 / size; e++)
+          to[(k / size + e) * count + i] = decode(element, b.arena + offset + e * size);
       }
     else
       for (u32 k = 0; k < k_size; k++) {
@@ -79,11 +86,13 @@ static void read_registers(const std::vector<u32>& registers, Element element, f
       u8 bytes[4];
       memcpy(bytes, &registers[lane * 4 + r], 4);
       for (u32 e = 0; e < per_register; e++)
-        to[(lane % 4 * per_register + e + r / 2 * (k_size / 2)) * 16 + lane / 4 + 8 * (r % 2)] = decode(element, bytes + e * (4 / per_register));
+        to[(lane % 4 * per_register + e + r / 2 * (k_size / 2)) * 16 + lane / 4 + 8 * (r % 2)] =
+            decode(element, bytes + e * (4 / per_register));
     }
 }
 
-__attribute__((optimize("O3"), target_clones("avx2", "default"))) static void multiply(const float* a, const float* b, float* c, u32 n, u32 k_size) {
+__attribute__((optimize("O3"), target_clones("avx2", "default"))) static void multiply(const float* a, const float* b,
+                                                                                       float* c, u32 n, u32 k_size) {
   for (u32 row = 0; row < 16; row++) {
     float sum[256];
     for (u32 j = 0; j < n; j++) sum[j] = 0;
@@ -95,7 +104,7 @@ __attribute__((optimize("O3"), target_clones("avx2", "default"))) static void mu
   }
 }
 
-// ---- execution ------------------------------------------------------------------------------------------------------------------------------------------------
+// ---- execution
 
 static Accumulator* find(ThreadState& t, const float* registers) {
   for (Accumulator& a : t.accumulators)
@@ -129,7 +138,8 @@ bool step_wgmma(Block& b, u32 warpgroup, u32 warp) {
 
   multiply(a_values, b_values, c_values, o.n, k_size);
   for (u32 lane = 0; lane < 32; lane++) {
-    Accumulator* d = find(machine.threads[b.rank * machine.num_threads + warp * 32 + lane], o.destination[quarter][lane]);
+    Accumulator* d =
+        find(machine.threads[b.rank * machine.num_threads + warp * 32 + lane], o.destination[quarter][lane]);
     for (u32 j = 0; j < o.n / 8; j++)
       for (u32 i = 0; i < 4; i++) {
         const u32 row = lane / 4 + 8 * (i / 2), column = j * 8 + lane % 4 * 2 + i % 2;
@@ -160,7 +170,7 @@ bool step_any_wgmma() {
   return false;
 }
 
-// ---- issue ------------------------------------------------------------------------------------------------------------------------------------------------------
+// ---- issue
 
 struct WgmmaLane {
   ThreadState* thread;
@@ -170,8 +180,9 @@ struct WgmmaLane {
 };
 
 static bool same(const WgmmaOperation& x, const WgmmaOperation& y) {
-  return (x.a_in_registers || x.a == y.a) && x.b == y.b && x.n == y.n && x.element == y.element && x.a_in_registers == y.a_in_registers &&
-         x.accumulate == y.accumulate && x.transpose_a == y.transpose_a && x.transpose_b == y.transpose_b;
+  return (x.a_in_registers || x.a == y.a) && x.b == y.b && x.n == y.n && x.element == y.element &&
+         x.a_in_registers == y.a_in_registers && x.accumulate == y.accumulate && x.transpose_a == y.transpose_a &&
+         x.transpose_b == y.transpose_b;
 }
 
 static void claim_accumulator(ThreadState& t, float* d, u32 count, bool accumulate, u64 number, bool fenced) {
@@ -201,7 +212,8 @@ static void issue(void** arguments, u32 mask) {
   if (number == g.first + g.operations.size()) g.operations.push_back(lanes[0]->operation);
   WgmmaOperation& o = g.operations[number - g.first];
   for (u32 lane = 0; lane < 32; lane++)
-    if (!same(o, lanes[lane]->operation)) fail("the threads of the warpgroup disagree on a wgmma's descriptors, shape or accumulate flag");
+    if (!same(o, lanes[lane]->operation))
+      fail("the threads of the warpgroup disagree on a wgmma's descriptors, shape or accumulate flag");
   o.warps |= 1u << quarter;
   if (o.a_in_registers) o.a_registers[quarter].resize(32 * 4);
   std::vector<View> views;
@@ -212,7 +224,8 @@ static void issue(void** arguments, u32 mask) {
     if (o.a_in_registers) memcpy(&o.a_registers[quarter][lane * 4], l.a_registers, 16);
     if (machine.checked()) views.push_back(l.thread->view);
   }
-  if (machine.checked()) o.views[quarter] = {meet(views), machine.run, wgmma_agent(b.rank, first.warp), u32(number + 1)};
+  if (machine.checked())
+    o.views[quarter] = {meet(views), machine.run, wgmma_agent(b.rank, first.warp), u32(number + 1)};
   if (o.warps == 15 && machine.wgmma_delivery == Delivery::early)
     for (u32 w = 0; w < 4; w++)
       while (step_wgmma(b, warpgroup, warpgroup * 4 + w)) {
@@ -226,17 +239,34 @@ static void start(float* d, const u32* a_registers, WgmmaOperation operation, Lo
   collective(issue, &lane, ~0u, "wgmma", at);
 }
 
-void wgmma(float* d, u32 n, Element element, u64 a, u64 b, int accumulate, int transpose_a, int transpose_b, Location at) {
-  start(d, nullptr, {.a = a, .b = b, .n = n, .element = element, .a_in_registers = false, .accumulate = accumulate != 0,
-                     .transpose_a = transpose_a != 0, .transpose_b = transpose_b != 0}, at);
+void wgmma(float* d, u32 n, Element element, u64 a, u64 b, int accumulate, int transpose_a, int transpose_b,
+           Location at) {
+  start(d, nullptr,
+        {.a = a,
+         .b = b,
+         .n = n,
+         .element = element,
+         .a_in_registers = false,
+         .accumulate = accumulate != 0,
+         .transpose_a = transpose_a != 0,
+         .transpose_b = transpose_b != 0},
+        at);
 }
 
 void wgmma_ra(float* d, u32 n, Element element, const u32* a, u64 b, int accumulate, int transpose_b, Location at) {
-  start(d, a, {.a = 0, .b = b, .n = n, .element = element, .a_in_registers = true, .accumulate = accumulate != 0, .transpose_a = false,
-               .transpose_b = transpose_b != 0}, at);
+  start(d, a,
+        {.a = 0,
+         .b = b,
+         .n = n,
+         .element = element,
+         .a_in_registers = true,
+         .accumulate = accumulate != 0,
+         .transpose_a = false,
+         .transpose_b = transpose_b != 0},
+        at);
 }
 
-// ---- fence, commit, wait ---------------------------------------------------------------------------------------------------------------------------------------------
+// ---- fence, commit, wait
 
 void wgmma_fence(Location at) {
   collective(nullptr, nullptr, ~0u, "wgmma_fence", at);
