@@ -84,10 +84,9 @@ static void prepare_buffers(const LaunchDescription& d) {
     b->num_bytes = in.num_bytes;
     b->writable = in.writable;
     b->constant = in.constant;
-    b->starts_uninitialised = in.starts_uninitialised;
     if (machine.checked() && b->writable && b->num_bytes) {
       b->shadow.reserve(b->num_bytes, &machine.global_sets);
-      if (!b->starts_uninitialised) b->shadow.fill(0, b->num_bytes, kBefore);
+      if (!in.starts_uninitialised) b->shadow.fill(0, b->num_bytes, kBefore);
     }
     machine.buffers.push_back(std::move(b));
   }

@@ -46,7 +46,7 @@ std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 struct TensorMap {  // the emulator's 128 bytes; device.py encodes them
   u64 magic, base;
-  u32 rank, element_bytes, swizzle, buffer;
+  u32 rank, element_bytes, swizzle, unused;
   u32 dims[5], box[5];
   u64 strides[4];  // in bytes, of dimensions 1 and up
 };
@@ -85,11 +85,9 @@ struct ThreadState : Thread {
   std::string waits_for;  // what a deadlock report adds
 
   View view;  // checker: what this thread knows
-  // By scope (0: this block, 1: the device): what the last fence made ready to publish, and what atomics have read
-  // since.
+  // By scope (0: this block, 1: the device): what the last fence lets atomics publish, and what they have read since.
   PastRef released[2], learnt[2];
   std::vector<u32> proxy_fences;  // clocks at which it executed fence_proxy_async
-  bool fenced_barriers = false;
 
   std::vector<Copy16> copies;
   std::vector<std::vector<Copy16>> copy_groups;
@@ -135,8 +133,8 @@ struct MBarrier {
   std::vector<u32> waiting;  // threads, by machine index
   Gathering gathering;
   PastRef released;
-  u32 agent = 0, clock = 0,
-      observed = 0;  // clock counts loads; observed: up to which a thread that has ended knew of them
+  u32 agent = 0, clock = 0;  // clock counts loads
+  u32 observed = 0;          // up to which a thread that has ended knew of them
 };
 
 struct Load {  // one bulk or tensor load on its way to one block
@@ -184,7 +182,7 @@ struct Buffer {  // global memory of this launch
   std::string name;
   uintptr_t address;
   u64 num_bytes;
-  bool writable, constant, starts_uninitialised;
+  bool writable, constant;
   Shadow shadow;
 };
 
@@ -193,8 +191,9 @@ struct Machine {
   void (*kernel)(void**) = nullptr;
   void** arguments = nullptr;
   dim3 grid, block_dim, cluster;
-  u32 shared_bytes = 0, num_threads = 0, num_blocks = 0, num_agents = 0,
-      run = 0;  // num_blocks of the cluster; run: number of this cluster
+  u32 shared_bytes = 0, num_threads = 0, num_agents = 0;
+  u32 num_blocks = 0;  // of the cluster
+  u32 run = 0;         // which cluster of the launch this is
   Delivery wgmma_delivery = Delivery::early;
 
   std::vector<ThreadState> threads;  // block by block
@@ -203,9 +202,9 @@ struct Machine {
   Buffer* last_buffer = nullptr;
   std::vector<uint3> cluster_index;  // by run: the first block of the cluster
   ReaderSets shared_sets, global_sets;
-  std::map<uintptr_t, PastRef> atomics;  // what a location's atomics publish to the device
-  std::map<std::pair<uintptr_t, u32>, PastRef>
-      block_atomics;  // and, after __threadfence_block, to the block of this rank
+  // What a location's atomics publish to the device, and after __threadfence_block to the block of this rank.
+  std::map<uintptr_t, PastRef> atomics;
+  std::map<std::pair<uintptr_t, u32>, PastRef> block_atomics;
   std::vector<Load> loads;
   Gathering cluster_gathering;
   u32 cluster_arrived = 0, cluster_phase = 0;

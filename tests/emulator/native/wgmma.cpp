@@ -20,9 +20,9 @@ static Operand decode(u64 descriptor) {
   const Operand o{u32(descriptor & 0x3fff) << 4, u32(descriptor >> 16 & 0x3fff) << 4,
                   u32(descriptor >> 32 & 0x3fff) << 4, kSwizzle[descriptor >> 62]};
   if (o.swizzle) {
-    const u32 pattern = 128u << o.swizzle,
-              rows = pattern - 128;  // bytes of a pattern; address bits that say the row in it
-    if (o.address & rows & ~127u || o.stride % pattern)
+    const u32 pattern = 128u << o.swizzle;  // its bytes
+    const u32 rows = pattern - 128;         // address bits that say the row in it
+    if (o.address & rows || o.stride % pattern)
       fail("descriptor of a %u-byte swizzle: address %u and stride %u must be aligned to its pattern of %u bytes",
            16u << o.swizzle, o.address, o.stride, pattern);
   }
