@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 
 from kernels.arguments import TENSOR_MAP_BYTES, Access, Argument, ArgumentArray, Buffer, Scalar, TensorMap
 from kernels.errors import LaunchError
 from kernels.launch import Launch, RecordedGraph
+from kernels.program import Program
 from kernels.tensor_map import check_tensor_map
 from tests.emulator.build import Mutant, build, library
 from tests.emulator.toolchain import EmulatorUnavailable, why_unavailable
@@ -139,11 +139,6 @@ def _library() -> ctypes.CDLL:
     return loaded
 
 
-@cache
-def _module(path: Path) -> ctypes.CDLL:
-    return ctypes.CDLL(str(path))
-
-
 class EmulatedDevice:
     """Runs each launch to its end before `launch` returns. EmulatorError for what a kernel does wrong,
     EmulatorUnavailable on a machine of another kind.
@@ -157,6 +152,7 @@ class EmulatedDevice:
         self.conditions = conditions
         self.mutant = mutant
         self._num_sms = num_sms
+        self._modules: dict[Program, ctypes.CDLL] = {}
         self._recording: list[Launch] | None = None
         # Of the last launch: how often threads took turns, and a digest of the order they did it in.
         self.num_switches = 0
@@ -177,7 +173,10 @@ class EmulatedDevice:
         if self._recording is not None:
             self._recording.append(launch)
             return
-        module = _module(build(launch.program, self.conditions.checked, self.mutant))
+        module = self._modules.get(launch.program)
+        if module is None:
+            module = ctypes.CDLL(str(build(launch.program, self.conditions.checked, self.mutant)))
+            self._modules[launch.program] = module
         try:
             table = _KernelTable.in_dll(module, f"emu_kernel_{launch.kernel}")
         except ValueError:
