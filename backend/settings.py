@@ -37,8 +37,9 @@ class Settings:
     checkpoint: str = _setting("", "checkpoint folder (Hugging Face or Mistral layout); must be given")
     runner: str = _setting(
         "auto",
-        "what executes the steps: `torch` is PyTorch on CPU or GPU, `fake` computes nothing (benchmarks of the host)",
-        choices=("auto", "torch", "fake"),
+        "what executes the steps: `torch` is PyTorch on CPU or GPU; `cuda` are our own kernels for Hopper, not yet run on "
+        "hardware, so `auto` takes torch; `fake` computes nothing (benchmarks of the host)",
+        choices=("auto", "torch", "cuda", "fake"),
     )
     weight_dtype: str = _setting(
         "auto",
