@@ -18,7 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: serve setup check test tools helm-check observability-check drain-check image-check audit soak test-fuzz test-lm-eval browser lock clean help
+.PHONY: serve setup kernels test-gpu check test tools helm-check observability-check drain-check image-check audit soak test-fuzz test-lm-eval browser lock clean help
 
 # The server binary comes with a wheel unless an installed tritonserver is there.
 SERVER_LOCKS := requirements/server.txt $(if $(wildcard /opt/tritonserver/bin/tritonserver),,requirements/triton.txt)
@@ -89,6 +89,15 @@ browser:
 	fi; \
 	echo "set-up: no Chromium with chromedriver here: the tests of the page will be skipped"
 
+# The environment of `make setup` where there is one; otherwise a python3 that has torch, cuda-bindings, numpy and pytest.
+GPU_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON))
+
+kernels:  ## Compile the CUDA kernels ahead (no GPU needed)
+	$(GPU_PYTHON) -m kernels build
+
+test-gpu:  ## Everything that needs a Hopper GPU, with a short table last (LOGS=folder for the full logs)
+	$(GPU_PYTHON) -m tests.gpu $(if $(LOGS),--logs '$(LOGS)')
+
 .venv/bin/python:
 	@command -v '$(PYTHON)' > /dev/null || { echo "make: no '$(PYTHON)' here: install Python 3.11 or 3.12, or name one, as in make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@'$(PYTHON)' -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 12) else f"make: Python 3.11 or 3.12 is needed and $(PYTHON) is {v[0]}.{v[1]}: name one, as in make PYTHON=/path/to/python3.11")'
@@ -121,7 +130,7 @@ lock: | .venv/bin/python  ## Write requirements/*.txt anew from the pins in pypr
 	    echo "requirements/$$1.txt: $$(grep --count '==' "requirements/$$1.txt") packages"; \
 	}; \
 	compile tests --extra tests --extra triton --no-emit-package nvidia-pytriton $(if $(UPGRADE),--upgrade); \
-	for extra in client gateway server triton; do compile "$$extra" --extra "$$extra" --constraint requirements/tests.txt; done
+	for extra in client kernels gateway server triton; do compile "$$extra" --extra "$$extra" --constraint requirements/tests.txt; done
 
 clean:  ## Remove .venv and what the tools left behind
 	rm -rf .venv .venv-lm-eval .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

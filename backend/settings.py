@@ -16,8 +16,9 @@ from backend.errors import ConfigError, shown
 
 ENVIRONMENT_PREFIX = "NEMO_"
 _TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
-_OTHER_VARIABLES = {"NEMO_RUN_DIR"}
-"""Variables with our prefix that are no settings: the folder where supervisor and models leave their process ids."""
+_OTHER_VARIABLES = {"NEMO_RUN_DIR", "NEMO_KERNEL_CACHE"}
+"""Variables with our prefix that are no settings: the folder where supervisor and models leave their process ids, and the
+one where compiled kernels are kept (`kernels/cubin_cache.py`)."""
 
 TABLE_BEGIN = "<!-- settings: begin (written by python -m backend.settings) -->"
 TABLE_END = "<!-- settings: end -->"
@@ -36,8 +37,9 @@ class Settings:
     checkpoint: str = _setting("", "checkpoint folder (Hugging Face or Mistral layout); must be given")
     runner: str = _setting(
         "auto",
-        "what executes the steps: `torch` is PyTorch on CPU or GPU, `fake` computes nothing (benchmarks of the host)",
-        choices=("auto", "torch", "fake"),
+        "what executes the steps: `torch` is PyTorch on CPU or GPU; `cuda` are our own kernels for Hopper, not yet run on "
+        "hardware, so `auto` takes torch; `fake` computes nothing (benchmarks of the host)",
+        choices=("auto", "torch", "cuda", "fake"),
     )
     weight_dtype: str = _setting(
         "auto",

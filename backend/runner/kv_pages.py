@@ -59,6 +59,10 @@ class KvPages:
         """What K and V of the tiles are to be multiplied by."""
         return self._scales[layer]
 
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of K and V of a layer as [num_pages, K, 64, D]."""
+        return self._keys[layer], self._values[layer]
+
     def tiles(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of K and V of a layer as [num_pages * K, 64, D]."""
         return self._keys[layer].flatten(0, 1), self._values[layer].flatten(0, 1)

@@ -25,16 +25,6 @@ class Placement:
     weight_format: WeightFormat
     kv_dtype: torch.dtype
 
-    def describe(self) -> dict[str, str]:
-        """The dtypes as the settings name them."""
-        kept = self.weight_format
-        dense = _NAMES[kept.dense]
-        return {
-            "weight_dtype": "fp8" if kept.has_fp8_linears else dense,
-            "head_dtype": "fp8" if kept.has_fp8_head else dense,
-            "kv_dtype": _NAMES[self.kv_dtype],
-        }
-
 
 def choose_placement(
     device: str = "auto",
@@ -51,7 +41,27 @@ def choose_placement(
     ConfigError for a device this machine has not, or an unknown dtype.
     """
     chosen = _choose_device(device)
-    usual = torch.float32 if chosen.type == "cpu" else torch.bfloat16
+    is_cpu = chosen.type == "cpu"
+    kept, kv = choose_dtypes(
+        torch.float32 if is_cpu else torch.bfloat16,
+        torch.float32 if is_cpu else fp8.DTYPE,
+        weight_dtype,
+        kv_dtype,
+        head_dtype,
+        quantization,
+    )
+    return Placement(chosen, kept, kv)
+
+
+def choose_dtypes(
+    usual: torch.dtype,
+    fp8_values: torch.dtype,
+    weight_dtype: str,
+    kv_dtype: str,
+    head_dtype: str,
+    quantization: Quantization | None,
+) -> tuple[WeightFormat, torch.dtype]:
+    """What weights and KV pages are held in, where `usual` is what `auto` means for a checkpoint that is not quantised."""
     weights = _parse_dtype("weight_dtype", weight_dtype, usual if quantization is None else fp8.DTYPE)
     dense = usual if weights == fp8.DTYPE else weights
     is_head_quantised = quantization is not None and quantization.quantises("lm_head") and weights == fp8.DTYPE
@@ -61,13 +71,29 @@ def choose_placement(
             f"head_dtype: must be auto, fp8 or as the embedding, which is {_NAMES[dense]} here, got {shown(head_dtype)}"
         )
     has_kv_scales = quantization is not None and quantization.has_kv_scales
-    kept = WeightFormat(
-        dense=dense,
-        has_fp8_linears=weights == fp8.DTYPE,
-        has_fp8_head=head == fp8.DTYPE,
-        fp8_values=torch.float32 if chosen.type == "cpu" else fp8.DTYPE,
-    )
-    return Placement(chosen, kept, _parse_dtype("kv_dtype", kv_dtype, fp8.DTYPE if has_kv_scales else dense))
+    kept = WeightFormat(dense, weights == fp8.DTYPE, head == fp8.DTYPE, fp8_values)
+    return kept, _parse_dtype("kv_dtype", kv_dtype, fp8.DTYPE if has_kv_scales else dense)
+
+
+def describe_dtypes(kept: WeightFormat, kv: torch.dtype, quantization: Quantization | None) -> dict[str, str]:
+    """The dtypes as the settings name them, and where FP8 comes from."""
+    dense = _NAMES[kept.dense]
+    dtypes = {
+        "weight_dtype": "fp8" if kept.has_fp8_linears else dense,
+        "head_dtype": "fp8" if kept.has_fp8_head else dense,
+        "kv_dtype": _NAMES[kv],
+    }
+    if kept.has_fp8_linears and quantization is None:
+        origin = "while loading: e4m3 weights with a scale a row, inputs with a scale a token"
+    elif kept.has_fp8_linears and quantization is not None:
+        inputs = "the checkpoint's scales" if quantization.has_static_activations else "a scale a token"
+        scales = f"a weight scale a {quantization.weight_scales}, inputs with {inputs}"
+        origin = f"the checkpoint's ({quantization.name}, {scales})"
+    elif quantization is not None:
+        origin = f"the checkpoint's ({quantization.name}) was undone while loading"
+    else:
+        return dtypes
+    return dtypes | {"quantization": origin}
 
 
 def _choose_device(device: str) -> torch.device:

@@ -11,6 +11,8 @@ import torch
 from backend.checkpoint.model_config import ModelConfig, read_model_config
 from backend.checkpoint.weights import weight_bytes
 from backend.engine.plan import PAGE_TOKENS
+from backend.errors import ConfigError
+from backend.runner.cuda.runner import CudaRunner, cuda_workspace_bytes
 from backend.runner.fake_runner import FakeRunner
 from backend.runner.memory_plan import MemoryPlan, page_bytes, plan_memory, workspace_bytes
 from backend.runner.model_runner import ModelRunner
@@ -46,10 +48,13 @@ def make_runner(settings: Settings, progress: Progress) -> ServedModel:
     config = read_model_config(Path(settings.checkpoint))
     if settings.runner == "fake":
         return _fake(settings, config)
+    if settings.runner == "cuda":
+        return _cuda(settings, config, progress)
     placement = choose_placement(
         "auto", settings.weight_dtype, settings.kv_dtype, settings.head_dtype, config.quantization
     )
-    plan = _plan_for(placement, config, settings)
+    needed_bytes = workspace_bytes(config, settings.max_step_tokens, settings.max_num_seqs)
+    plan = _plan_for(placement, config, settings, needed_bytes)
     num_host_pages = _num_host_pages(settings, plan)
     max_model_len, why = _served_length(config, settings, plan.num_pages)
     runner = TorchRunner(
@@ -69,6 +74,39 @@ def make_runner(settings: Settings, progress: Progress) -> ServedModel:
     description |= {"max_model_len": why, "reason": _reason(settings, placement)}
     step_timeout_s = _CPU_STEP_TIMEOUT_S if placement.device.type == "cpu" else _GPU_STEP_TIMEOUT_S
     return ServedModel(runner, config.vocab_size, max_model_len, step_timeout_s, True, description)
+
+
+def _cuda(settings: Settings, config: ModelConfig, progress: Progress) -> ServedModel:
+    """On our own kernels; ConfigError on another GPU than a Hopper."""
+    from kernels.driver import CudaDevice  # NOTE: here, because nobody else needs the bindings of the CUDA driver
+    from kernels.errors import LaunchError
+
+    try:
+        device = CudaDevice()
+    except LaunchError as error:
+        raise ConfigError(f"setting runner: cuda cannot run here: {error}; use torch or auto") from error
+    placement = choose_placement(
+        str(device.torch_device), settings.weight_dtype, settings.kv_dtype, settings.head_dtype, config.quantization
+    )
+    needed_bytes = cuda_workspace_bytes(config, settings.max_num_seqs, settings.max_model_len)
+    plan = _plan_for(placement, config, settings, needed_bytes)
+    num_host_pages = _num_host_pages(settings, plan)
+    max_model_len, why = _served_length(config, settings, plan.num_pages)
+    runner = CudaRunner(
+        Path(settings.checkpoint),
+        device,
+        num_pages=plan.num_pages,
+        num_host_pages=num_host_pages,
+        max_num_seqs=settings.max_num_seqs,
+        max_model_len=max_model_len,
+        weight_dtype=settings.weight_dtype,
+        kv_dtype=settings.kv_dtype,
+        head_dtype=settings.head_dtype,
+        progress=lambda done, total: progress("weights", done, total),
+    )
+    description = runner.describe() | plan.lines(num_host_pages)
+    description |= {"max_model_len": why, "reason": "asked for by the setting runner; not yet run on hardware by us"}
+    return ServedModel(runner, config.vocab_size, max_model_len, _GPU_STEP_TIMEOUT_S, True, description)
 
 
 def _fake(settings: Settings, config: ModelConfig) -> ServedModel:
@@ -91,7 +129,7 @@ def _num_host_pages(settings: Settings, plan: MemoryPlan) -> int:
     return min(int(plan.num_pages * settings.kv_swap_ratio), most)
 
 
-def _plan_for(placement: Placement, config: ModelConfig, settings: Settings) -> MemoryPlan:
+def _plan_for(placement: Placement, config: ModelConfig, settings: Settings, needed_bytes: int) -> MemoryPlan:
     is_cpu = placement.device.type == "cpu"
     if is_cpu:
         budget_bytes = int(available_host_bytes() * _CPU_MEMORY_FRACTION)
@@ -101,7 +139,7 @@ def _plan_for(placement: Placement, config: ModelConfig, settings: Settings) -> 
         str(placement.device),
         budget_bytes,
         weight_bytes(config, placement.weight_format),
-        workspace_bytes(config, settings.max_step_tokens, settings.max_num_seqs),
+        needed_bytes,
         page_bytes(config, placement.kv_dtype.itemsize),
         kv_cache_tokens=settings.kv_cache_tokens,
         most_tokens=_MOST_CPU_TOKENS if is_cpu else None,
@@ -119,7 +157,9 @@ def _served_length(config: ModelConfig, settings: Settings, num_pages: int) -> t
 def _reason(settings: Settings, placement: Placement) -> str:
     if settings.runner == "torch":
         return "asked for by the setting runner"
-    return "no GPU was found" if placement.device.type == "cpu" else "this version has no CUDA engine of its own yet"
+    return (
+        "no GPU was found" if placement.device.type == "cpu" else "our own CUDA engine has not been run on hardware yet"
+    )
 
 
 def available_host_bytes() -> int:

@@ -17,7 +17,7 @@ from backend.runner.host_pages import HostPages
 from backend.runner.invariance import find_dependence
 from backend.runner.kv_pages import KvPages
 from backend.runner.model_runner import Mask
-from backend.runner.placement import choose_placement, default_num_threads
+from backend.runner.placement import choose_placement, default_num_threads, describe_dtypes
 from backend.runner.prompt_scores import PromptScores, score_prompts
 from backend.runner.rope import RopeTable
 from backend.runner.sampler import Draw, Sampler
@@ -161,23 +161,9 @@ class TorchRunner:
         return {
             "runner": "torch",
             "device": f"{device} ({name})",
-            **self._placement.describe(),
-            **self._describe_quantization(),
+            **describe_dtypes(self._placement.weight_format, self._placement.kv_dtype, self.config.quantization),
             "batch_invariant": self._invariance,
         }
-
-    def _describe_quantization(self) -> dict[str, str]:
-        kept, scheme = self._placement.weight_format, self.config.quantization
-        if not kept.has_fp8_linears:
-            return (
-                {} if scheme is None else {"quantization": f"the checkpoint's ({scheme.name}) was undone while loading"}
-            )
-        if scheme is None:
-            return {"quantization": "while loading: e4m3 weights with a scale a row, inputs with a scale a token"}
-        inputs = (
-            "inputs with the checkpoint's scales" if scheme.has_static_activations else "inputs with a scale a token"
-        )
-        return {"quantization": f"the checkpoint's ({scheme.name}, a weight scale a {scheme.weight_scales}), {inputs}"}
 
     def close(self) -> None:
         """Free weights, pages and sampler state; the runner cannot be used afterwards."""

@@ -14,7 +14,7 @@ from tests.house.tree import Tree, Violation
 _EXTRA_OF = {
     "backend": "server",
     "model_repository": "server",
-    "kernels": "server",
+    "kernels": "kernels",
     "client": "client",
     "client/gateway": "gateway",
     "tests": "tests",

@@ -80,7 +80,7 @@ def test_bad_settings(checkpoint: Path) -> None:
     )
     assert refusal(checkpoint, NEMO_MAX_NUM_SEQS="0") == "setting max_num_seqs: must be in [1, 4096], got 0"
     assert refusal(checkpoint, NEMO_MAX_NUM_SEQS="many") == "setting max_num_seqs: must be a whole number, got 'many'"
-    assert refusal(checkpoint, NEMO_RUNNER="gpu").startswith("setting runner: must be one of auto, torch, fake")
+    assert refusal(checkpoint, NEMO_RUNNER="gpu").startswith("setting runner: must be one of auto, torch, cuda, fake")
 
 
 def test_missing_libpython(

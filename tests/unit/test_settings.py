@@ -57,7 +57,7 @@ def test_an_unknown_setting_lists_those_that_exist(
 
 
 def test_the_run_folder_is_no_setting() -> None:
-    assert load({}, {"NEMO_RUN_DIR": "/run/nemo"}) == load({})
+    assert load({}, {"NEMO_RUN_DIR": "/run/nemo", "NEMO_KERNEL_CACHE": "/var/cache/nemo"}) == load({})
 
 
 @pytest.mark.parametrize(

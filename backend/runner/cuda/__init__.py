@@ -1,0 +1,1 @@
+"""The ModelRunner on the project's own CUDA kernels."""

@@ -1,0 +1,63 @@
+"""What flows between the kernels of a layer: rows in BF16, or in e4m3 with the scales their consumer needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from backend.checkpoint.matrix import Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class LinearInput:
+    """Rows [R, inputs] that a linear layer reads, as a kernel writes them.
+
+    BF16 without scales. Or e4m3, with `scale` [R] that the writer fills with a scale for each row; or with `static_scale`
+    [1] from the checkpoint, and then `scale` holds it R times, for the linear layer.
+    """
+
+    values: torch.Tensor
+    scale: torch.Tensor | None = None
+    static_scale: torch.Tensor | None = None
+
+    @property
+    def written_scale(self) -> torch.Tensor | None:
+        """The scales that the writer of the rows must fill."""
+        return self.scale if self.static_scale is None else None
+
+    def first(self, num_rows: int) -> LinearInput:
+        """The first rows, in place."""
+        return self.part(0, num_rows)
+
+    def part(self, first: int, num_rows: int) -> LinearInput:
+        """At most `num_rows` rows from `first` on, in place."""
+        part = slice(first, first + num_rows)
+        return LinearInput(self.values[part], None if self.scale is None else self.scale[part], self.static_scale)
+
+    def rows(self, places: Sequence[int]) -> LinearInput:
+        """A copy of some rows."""
+        index = torch.tensor(places, dtype=torch.int64, device=self.values.device)
+        values = self.values.view(torch.uint8)[index].view(self.values.dtype)  # bytes, because PyTorch indexes no FP8
+        return LinearInput(values, None if self.scale is None else self.scale[index], self.static_scale)
+
+    @staticmethod
+    def joined(parts: Sequence[LinearInput]) -> LinearInput:
+        """One behind the other, copied."""
+        values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(parts[0].values.dtype)
+        scales = [part.scale for part in parts if part.scale is not None]
+        return LinearInput(values, torch.cat(scales) if scales else None, parts[0].static_scale)
+
+
+def input_of(
+    matrix: Matrix, num_rows: int, values: dict[torch.dtype, torch.Tensor], scale: torch.Tensor
+) -> LinearInput:
+    """The input of `matrix` in memory that others use too: `values` [R, at least inputs] by dtype, `scale` [R]."""
+    dtype = torch.bfloat16 if matrix.scales is None else torch.float8_e4m3fn
+    rows = values[dtype].flatten()[: num_rows * matrix.shape[1]].view(num_rows, matrix.shape[1])
+    if matrix.scales is None:
+        return LinearInput(rows)
+    if matrix.input_scale is None:
+        return LinearInput(rows, scale)
+    return LinearInput(rows, matrix.input_scale.repeat(num_rows), matrix.input_scale)

@@ -1,0 +1,158 @@
+"""The end of a step: logits of the rows that are sampled, the draw, and log-probabilities, by kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from backend.engine.plan import PlanRow, TokenLogProbs
+from backend.runner.cuda.activations import LinearInput
+from backend.runner.cuda.slot_state import SlotState
+from backend.runner.cuda.step_blocks import MAX_BLOCK_TOKENS
+from backend.runner.cuda.transformer import CudaTransformer
+from backend.runner.model_runner import Mask
+from kernels.launch import Device
+from kernels.log_probs import log_probs
+from kernels.sample import make_workspace, sample
+
+
+class Drawn:
+    """What was drawn for the rows of a step, on the device until `token_ids` is asked for."""
+
+    def __init__(
+        self, token_ids: torch.Tensor, is_finite: torch.Tensor, scores: list[TokenScores], places: Sequence[int]
+    ) -> None:
+        self._token_ids = token_ids
+        self._is_finite = is_finite
+        self._scores = scores
+        self._places = places
+
+    def broken_rows(self) -> list[int]:
+        """Rows whose logits are not all finite."""
+        return [row for row, is_finite in enumerate(self._is_finite.tolist()) if not is_finite]
+
+    def token_ids(self) -> tuple[int, ...]:
+        """One id per row."""
+        return tuple(self._token_ids.tolist())
+
+    def log_probs(self) -> tuple[TokenLogProbs | None, ...]:
+        """Of the drawn ids, None where none was asked for; empty when nobody asked."""
+        if not self._scores:
+            return ()
+        found: list[TokenLogProbs | None] = [None] * len(self._token_ids)
+        scores = [score for piece in self._scores for score in piece.for_plan()]
+        for place, score in zip(self._places, scores, strict=True):
+            found[place] = score
+        return tuple(found)
+
+
+class TokenScores:
+    """Log-probabilities of n ids, each with its `num_tops` most likely alternatives, on the device."""
+
+    def __init__(self, device: Device, logits: torch.Tensor, ids: torch.Tensor, num_tops: Sequence[int]) -> None:
+        """Measure logits [n, V] FP32 at ids [n] INT32."""
+        num_rows, place = len(logits), logits.device
+        most = max(num_tops)
+        self._num_tops = num_tops
+        self._log_probs = torch.empty(num_rows, device=place)
+        self._ranks = torch.empty(num_rows, dtype=torch.int32, device=place)
+        self._top_ids = torch.empty(num_rows, most, dtype=torch.int32, device=place) if most else None
+        self._top_log_probs = torch.empty(num_rows, most, device=place) if most else None
+        log_probs(
+            device,
+            logits=logits,
+            ids=ids,
+            chosen_log_probs=self._log_probs,
+            ranks=self._ranks,
+            top_ids=self._top_ids,
+            top_log_probs=self._top_log_probs,
+            num_rows=torch.tensor([num_rows], dtype=torch.int32, device=place),
+        )
+
+    def for_plan(self) -> list[TokenLogProbs]:
+        """On the host."""
+        no_tops: list[list[int]] = [[]] * len(self._num_tops)
+        top_ids = no_tops if self._top_ids is None else self._top_ids.tolist()
+        top_log_probs = no_tops if self._top_log_probs is None else self._top_log_probs.tolist()
+        return [
+            TokenLogProbs(log_prob, rank, tuple(ids[:num_top]), tuple(its_log_probs[:num_top]))
+            for log_prob, rank, ids, its_log_probs, num_top in zip(
+                self._log_probs.tolist(), self._ranks.tolist(), top_ids, top_log_probs, self._num_tops, strict=True
+            )
+        ]
+
+
+class Drawer:
+    """Owns the logits of a step's sampled rows and the workspace of the draw."""
+
+    def __init__(
+        self, device: Device, transformer: CudaTransformer, state: SlotState, num_rows: int, vocab_size: int
+    ) -> None:
+        self._device = device
+        self._transformer = transformer
+        self._state = state
+        self._vocab_size = vocab_size
+        self._logits = torch.empty(num_rows, vocab_size, device=device.torch_device)
+        self._workspace = make_workspace(num_rows, vocab_size, device.torch_device)
+
+    def compute_logits(self, rows: LinearInput) -> None:
+        """Of the rows to be drawn from, n at most `num_rows`."""
+        for first in range(0, len(rows.values), MAX_BLOCK_TOKENS):
+            self._compute(rows, first, self._logits)
+
+    def score(self, rows: LinearInput, ids: Sequence[int], num_tops: Sequence[int]) -> list[TokenScores]:
+        """Log-probabilities of given ids, one per row, in pieces that bound the logits held at once."""
+        pieces = []
+        for first in range(0, len(rows.values), MAX_BLOCK_TOKENS):
+            piece = slice(first, first + MAX_BLOCK_TOKENS)
+            its_ids = self._tensor(ids[piece])
+            logits = torch.empty(len(its_ids), self._vocab_size, device=its_ids.device)
+            self._compute(rows, first, logits, target_row=0)
+            pieces.append(TokenScores(self._device, logits, its_ids, num_tops[piece]))
+        return pieces
+
+    def draw(self, plan_rows: Sequence[PlanRow], masks: Mapping[int, Mask]) -> Drawn:
+        """One id for each of the plan's sampled rows, whose logits were computed last, in their order."""
+        for row in plan_rows:
+            if row.num_forced:
+                self._state.force(row.slot, row.token_ids[-row.num_forced :])
+        num_rows, place = len(plan_rows), self._logits.device
+        token_ids = torch.empty(num_rows, dtype=torch.int32, device=place)
+        is_finite = torch.empty(num_rows, dtype=torch.int32, device=place)
+        if num_rows == 0:
+            return Drawn(token_ids, is_finite, [], ())
+        slots = [row.slot for row in plan_rows]
+        masked = [slot for slot in slots if slot in masks]
+        mask_words = [masks[slot] for slot in masked] or [np.zeros(-(-self._vocab_size // 32), dtype=np.int32)]
+        logits = self._logits[:num_rows]
+        sample(
+            self._device,
+            logits=logits,
+            slots=self._tensor(slots),
+            positions=self._tensor([row.start + row.num_tokens for row in plan_rows]),
+            mask_rows=self._tensor([masked.index(slot) if slot in masks else -1 for slot in slots]),
+            masks=torch.from_numpy(np.stack(mask_words)).to(place),
+            **self._state.tensors,
+            **{name: tensor[:num_rows] for name, tensor in self._workspace.items()},
+            token_ids=token_ids,
+            is_finite=is_finite,
+            num_rows=self._tensor([num_rows]),
+        )
+        num_tops = self._state.num_tops[slots]
+        asking = np.flatnonzero(num_tops >= 0).tolist()
+        scores = []
+        if asking:
+            its_rows = torch.tensor(asking, device=place)
+            scores = [TokenScores(self._device, logits[its_rows], token_ids[its_rows], num_tops[asking].tolist())]
+        return Drawn(token_ids, is_finite, scores, asking)
+
+    def _compute(self, rows: LinearInput, first: int, logits: torch.Tensor, target_row: int | None = None) -> None:
+        piece = rows.part(first, MAX_BLOCK_TOKENS)
+        num_rows = len(piece.values)
+        start = first if target_row is None else target_row
+        self._transformer.logits(piece, logits[start : start + num_rows], self._tensor([num_rows]))
+
+    def _tensor(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32).to(self._logits.device)

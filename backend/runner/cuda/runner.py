@@ -1,0 +1,207 @@
+"""The ModelRunner on the project's kernels: Hopper GPUs, and the emulator of the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from backend.checkpoint.model_config import ModelConfig, read_model_config
+from backend.checkpoint.weight_loader import Progress, load_weights
+from backend.engine.plan import PAGE_TOKENS, PlanRow, StepPlan, StepResult, TokenLogProbs
+from backend.errors import ConfigError, EngineFailure
+from backend.runner.cuda.activations import LinearInput
+from backend.runner.cuda.drawing import Drawer, Drawn, TokenScores
+from backend.runner.cuda.slot_state import SLOT_BYTES, SlotState
+from backend.runner.cuda.step_blocks import MAX_BLOCK_TOKENS, split_plan
+from backend.runner.cuda.transformer import CudaTransformer
+from backend.runner.host_pages import HostPages
+from backend.runner.kv_pages import KvPages
+from backend.runner.model_runner import Mask
+from backend.runner.placement import choose_dtypes, describe_dtypes
+from kernels.decode_attention import max_items
+from kernels.launch import Device
+
+_HEAD_DIM = 128
+_SIZE_MULTIPLE = 128
+
+
+def cuda_workspace_bytes(config: ModelConfig, max_num_seqs: int, max_model_len: int) -> int:
+    """Bytes beside weights and KV pages, at most: logits and sampler state of every slot, a block's activations and attention."""
+    max_pages = -(-max_model_len // PAGE_TOKENS)
+    of_slots = max_num_seqs * (3 * 4 * config.vocab_size + 4 * max_pages + SLOT_BYTES)
+    of_scores = 4 * MAX_BLOCK_TOKENS * config.vocab_size
+    widest = max(config.hidden_size, config.query_size, config.ffn_size)
+    row = 2 * (2 * config.hidden_size + 2 * config.query_size + 2 * config.kv_size + 2 * config.ffn_size) + 3 * widest
+    attention = 4 * max_items(MAX_BLOCK_TOKENS, max_pages) * (config.num_heads * (config.head_dim + 2) + 2)
+    angles = 4 * max_model_len * config.head_dim
+    return of_slots + of_scores + MAX_BLOCK_TOKENS * row + attention + angles
+
+
+class CudaStep:
+    """A launched step, drawn by `draw`; the device may still run when both have returned."""
+
+    def __init__(self, runner: CudaRunner, rows: tuple[PlanRow, ...], scores: tuple[list[TokenScores], ...]) -> None:
+        self._runner = runner
+        self._rows = rows
+        self._scores = scores
+        self._drawn: Drawn | None = None
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the ids are drawn, so that the next step may be launched."""
+        return self._drawn is not None
+
+    def draw(self, masks: Mapping[int, Mask]) -> None:
+        """Take the forced ids into the outputs, then draw once for each row with `is_sampled`."""
+        assert self._drawn is None, "a step is drawn once"
+        with torch.inference_mode():
+            self._drawn = self._runner.draw(self._rows, masks)
+
+    def result(self) -> StepResult:
+        """Ids and log-probabilities. EngineFailure names the slots whose logits were NaN or infinite."""
+        assert self._drawn is not None, "a step is drawn before its result is asked for"
+        self._runner.synchronize()
+        if broken := self._drawn.broken_rows():
+            sampled = [row for row in self._rows if row.is_sampled]
+            _refuse([sampled[place].slot for place in broken], "in slot")
+        return StepResult(self._drawn.token_ids(), self._drawn.log_probs(), self._prompt_log_probs())
+
+    def _prompt_log_probs(self) -> tuple[tuple[TokenLogProbs, ...], ...]:
+        found = tuple(tuple(score for piece in pieces for score in piece.for_plan()) for pieces in self._scores)
+        asking = [row for row in self._rows if row.num_prompt_logprobs is not None]
+        broken = [
+            row.slot
+            for row, scores in zip(asking, found, strict=True)
+            if not all(score.log_prob == score.log_prob for score in scores)
+        ]
+        if broken:
+            _refuse(broken, "in the prompt of slot")
+        return found
+
+
+class CudaRunner:
+    """Owns weights, KV pages and sampler state of one model on one device.
+
+    Every kernel's result for a row depends, bit for bit, on the row's own sequence alone, so ids and log-probabilities do too:
+    they do not depend on what else runs, how a prompt is chunked, or where pages lie.
+
+    Prompts pass through the kernels of the decode step in blocks of 128 tokens.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: Device,
+        *,
+        num_pages: int,
+        num_host_pages: int = 0,
+        max_num_seqs: int,
+        max_model_len: int,
+        weight_dtype: str = "auto",
+        kv_dtype: str = "auto",
+        head_dtype: str = "auto",
+        progress: Progress | None = None,
+    ) -> None:
+        """Read the checkpoint and allocate everything; ConfigError when the kernels do not serve its sizes or a dtype."""
+        self.num_pages = num_pages
+        self.num_host_pages = num_host_pages
+        self.max_num_seqs = max_num_seqs
+        self.config: ModelConfig = read_model_config(folder)
+        _check_sizes(self.config)
+        self._device = device
+        self._format, kv = choose_dtypes(
+            torch.bfloat16, torch.float8_e4m3fn, weight_dtype, kv_dtype, head_dtype, self.config.quantization
+        )
+        self._kv_dtype = kv
+        if self._format.dense != torch.bfloat16 or kv == torch.float32:
+            raise ConfigError(
+                f"runner cuda: weight_dtype and kv_dtype must be bf16 or fp8, got {weight_dtype}, {kv_dtype}"
+            )
+        place = device.torch_device
+        with torch.inference_mode():
+            weights = load_weights(folder, self.config, device=place, weight_format=self._format, progress=progress)
+            scales = [(layer.kv_scales[0].item(), layer.kv_scales[1].item()) for layer in weights.layers]
+            pages = KvPages(self.config, num_pages, device=place, dtype=kv, scales=scales)
+            self._host_pages = HostPages(self.config, num_host_pages, pages)
+            self._state = SlotState(max_num_seqs, self.config.vocab_size, place)
+            self._transformer = CudaTransformer(
+                device, self.config, weights, pages, self._state.last_ids, max_model_len=max_model_len
+            )
+            self._drawer = Drawer(device, self._transformer, self._state, max_num_seqs, self.config.vocab_size)
+        self._prompts: list[tuple[int, ...]] = [()] * max_num_seqs
+        self._last_step: CudaStep | None = None
+
+    def launch(self, plan: StepPlan) -> CudaStep:
+        """Copy pages and run the forward pass of all tokens; the step before must have been drawn."""
+        assert plan.rows, "an empty step"
+        assert self._last_step is None or self._last_step.is_drawn, "the step before was not drawn"
+        with torch.inference_mode():
+            self._host_pages.run(plan.copies)
+            for row in plan.rows:
+                if row.slot_start is not None:
+                    self._state.start(row.slot, row.slot_start)
+                    self._prompts[row.slot] = row.slot_start.prompt_token_ids
+                self._transformer.set_pages(row.slot, row.page_ids)
+            blocks, kept = split_plan(plan, self._prompts)
+            parts = [self._transformer.hidden(block).rows(block.kept_tokens) for block in blocks]
+            hidden = LinearInput.joined(parts)
+            if kept.sampled:
+                self._drawer.compute_logits(hidden.rows(kept.sampled))
+            scores = self._score(plan, kept.scored, hidden)
+        self._last_step = CudaStep(self, plan.rows, scores)
+        return self._last_step
+
+    def draw(self, rows: tuple[PlanRow, ...], masks: Mapping[int, Mask]) -> Drawn:
+        """Draw for the rows of the step that was launched last."""
+        return self._drawer.draw([row for row in rows if row.is_sampled], masks)
+
+    def synchronize(self) -> None:
+        """Wait for everything launched; EngineFailure with the device's own words."""
+        self._device.synchronize()
+
+    def describe(self) -> dict[str, str]:
+        """What runs here: runner, device, dtypes, and that results are batch-invariant."""
+        return {
+            "runner": "cuda",
+            "device": str(self._device.torch_device),
+            **describe_dtypes(self._format, self._kv_dtype, self.config.quantization),
+            "batch_invariant": "yes",
+        }
+
+    def close(self) -> None:
+        """Free weights, pages and sampler state; the runner cannot be used afterwards."""
+        del self._transformer, self._drawer, self._host_pages, self._state, self._last_step
+
+    def _score(self, plan: StepPlan, scored: tuple[range, ...], hidden: LinearInput) -> tuple[list[TokenScores], ...]:
+        asking = [row for row in plan.rows if row.num_prompt_logprobs is not None]
+        return tuple(
+            self._drawer.score(
+                hidden.rows(places),
+                self._prompts[row.slot][row.start + 1 : row.start + 1 + len(places)],
+                [row.num_prompt_logprobs or 0] * len(places),
+            )
+            for row, places in zip(asking, scored, strict=True)
+        )
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    if config.head_dim != _HEAD_DIM:
+        raise ConfigError(
+            f"runner cuda: head_dim must be {_HEAD_DIM}, found {config.head_dim}; runner torch serves any"
+        )
+    for name, value in (
+        ("hidden size", config.hidden_size),
+        ("FFN size", config.ffn_size),
+        ("vocabulary", config.vocab_size),
+    ):
+        if value % _SIZE_MULTIPLE:
+            raise ConfigError(
+                f"runner cuda: the {name} must be a multiple of {_SIZE_MULTIPLE}, found {value}; runner torch serves any"
+            )
+
+
+def _refuse(slots: list[int], where: str) -> None:
+    names = ", ".join(map(str, slots))
+    raise EngineFailure(f"logits: must be finite, got NaN or infinity {where} {names}; are the weights damaged?")

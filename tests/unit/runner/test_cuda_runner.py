@@ -1,0 +1,269 @@
+"""The CUDA runner, its kernels run by the emulator: against the PyTorch runner, and against itself in other company."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from backend.engine.engine import Engine
+from backend.engine.events import EngineStats, TokenEvent
+from backend.engine.plan import PAGE_TOKENS, PageCopy, PlanRow, SlotStart, StepPlan, TokenLogProbs
+from backend.engine.request import GenerationRequest, SamplingParams
+from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
+from backend.errors import ConfigError, EngineFailure
+from backend.runner.cuda.runner import CudaRunner
+from backend.runner.cuda.step_blocks import split_plan
+from backend.runner.model_runner import ModelRunner
+from backend.runner.torch_runner import TorchRunner
+from tests.checkpoints import TinyConfig, make_checkpoint, random_tensors, write_shards
+from tests.demo.conversation import ChatTokens
+from tests.demo.evaluate import CHECKPOINT as DEMO
+from tests.demo.questions import read_data
+from tests.emulator import toolchain
+from tests.emulator.device import PLAIN, EmulatedDevice
+from tests.quantised_checkpoints import SCHEMES, quantise_checkpoint
+
+pytestmark = pytest.mark.skipif(bool(toolchain.why_unavailable()), reason=str(toolchain.why_unavailable()))
+SIZES: dict[str, Any] = {
+    "hidden_size": 128, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "ffn_size": 128, "vocab_size": 512, "num_layers": 1,
+}  # fmt: skip
+GREEDY = SamplingParams()
+NUM_PAGES = 12
+
+
+def make_runner(folder: Path, **settings: Any) -> CudaRunner:
+    limits = {"num_pages": NUM_PAGES, "num_host_pages": 4, "max_num_seqs": 4, "max_model_len": 256}
+    return CudaRunner(folder, EmulatedDevice(PLAIN[0]), **limits | settings)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"), **SIZES)
+
+
+@pytest.fixture(scope="module", params=["fp8", "bf16"])
+def runner(folder: Path, request: pytest.FixtureRequest) -> Iterator[CudaRunner]:
+    made = make_runner(folder, weight_dtype=request.param, kv_dtype=request.param)
+    yield made
+    made.close()
+
+
+@dataclass
+class Story:
+    """One sequence: prompt in chunks, then decode rows; and what came out."""
+
+    prompt: tuple[int, ...]
+    slot: int
+    pages: tuple[int, ...]
+    chunks: tuple[int, ...] = ()
+    num_outputs: int = 3
+    params: SamplingParams = GREEDY
+    num_computed: int = 0
+    ids: list[int] = field(default_factory=list)
+    log_probs: list[TokenLogProbs | None] = field(default_factory=list)
+    scores: list[TokenLogProbs] = field(default_factory=list)
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.ids) == self.num_outputs
+
+    def row(self) -> PlanRow:
+        start, num_prompt = self.num_computed, len(self.prompt)
+        if start < num_prompt:
+            chunks = self.chunks or (num_prompt,)
+            size = chunks[int(np.searchsorted(np.cumsum(chunks), start, side="right"))]
+        else:
+            size = 1
+        self.num_computed += size
+        is_prefill = start < num_prompt
+        return PlanRow(
+            slot=self.slot,
+            start=start,
+            num_tokens=size,
+            token_ids=self.prompt[start : start + size] if is_prefill else (),
+            page_ids=self.pages[: -(-(start + size) // PAGE_TOKENS)],
+            is_sampled=self.num_computed >= num_prompt,
+            slot_start=SlotStart(self.params, self.prompt, num_logprobs=5) if start == 0 else None,
+            num_prompt_logprobs=3 if is_prefill else None,
+        )
+
+
+def run(runner: ModelRunner, *sequences: Story, copies: tuple[PageCopy, ...] = ()) -> None:
+    """All unfinished sequences in each step, decode rows first."""
+    step = 0
+    while active := [sequence for sequence in sequences if not sequence.is_finished]:
+        active.sort(key=lambda sequence: sequence.num_computed < len(sequence.prompt))
+        rows = tuple(sequence.row() for sequence in active)
+        in_flight = runner.launch(StepPlan(step, rows, copies if step == 0 else ()))
+        in_flight.draw({})
+        result = in_flight.result()
+        sampled = [sequence for sequence, row in zip(active, rows, strict=True) if row.is_sampled]
+        for sequence, token_id, log_probs in zip(
+            sampled, result.token_ids, result.log_probs or [None] * 9, strict=False
+        ):
+            sequence.ids.append(token_id)
+            sequence.log_probs.append(log_probs)
+        scored = [sequence for sequence, row in zip(active, rows, strict=True) if row.num_prompt_logprobs is not None]
+        for sequence, scores in zip(scored, result.prompt_log_probs, strict=True):
+            sequence.scores += scores
+        step += 1
+
+
+def prompt(seed: int, length: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(seed).integers(0, SIZES["vocab_size"], length).tolist())
+
+
+def assert_same(actual: Story, expected: Story) -> None:
+    """Ids, and the floats of five log-probabilities at each place, bit for bit."""
+    assert actual.ids == expected.ids
+    assert actual.log_probs == expected.log_probs
+    assert actual.scores == expected.scores
+
+
+def test_any_company_chunks_and_pages_give_the_same_bits(runner: CudaRunner) -> None:
+    params = SamplingParams(temperature=0.8, top_p=0.9, seed=7, repetition_penalty=1.2)
+    alone = Story(prompt(1, 70), 0, (0, 1), params=params)
+    run(runner, alone)
+    mixed = Story(prompt(1, 70), 2, (9, 4), chunks=(1, 33, 30, 6), params=params)
+    others = [Story(prompt(2, 12), 0, (1,)), Story(prompt(3, 90), 3, (11, 7), chunks=(50, 40))]
+    run(runner, mixed, *others)
+    assert len(mixed.scores) == 69
+    assert_same(mixed, alone)
+
+
+def test_a_prompt_longer_than_a_block_is_the_same_in_any_chunks(runner: CudaRunner) -> None:
+    whole = Story(prompt(4, 140), 0, (0, 1, 2), num_outputs=1)
+    parts = Story(prompt(4, 140), 1, (6, 3, 8), chunks=(100, 40), num_outputs=1)
+    run(runner, whole)
+    run(runner, parts)
+    assert_same(parts, whole)
+
+
+def test_pages_that_went_to_the_host_and_back(runner: CudaRunner) -> None:
+    expected = Story(prompt(5, 66), 0, (0, 1))
+    run(runner, expected)
+    moved = Story(prompt(5, 66), 1, (2, 3), num_outputs=1)
+    run(runner, moved)
+    to_host = (PageCopy(2, 0, True), PageCopy(3, 1, True))
+    run(runner, Story(prompt(6, 70), 2, (2, 3), num_outputs=1), copies=to_host)
+    moved.pages, moved.num_outputs = (10, 5), 3
+    run(runner, moved, copies=(PageCopy(0, 10, False), PageCopy(1, 5, False)))
+    assert_same(moved, expected)
+
+
+def test_ids_that_a_grammar_forces_are_those_that_are_drawn(runner: CudaRunner) -> None:
+    drawn = Story(prompt(7, 10), 0, (0,), num_outputs=5)
+    run(runner, drawn)
+    forced = Story(prompt(7, 10), 1, (1,), num_outputs=2)
+    run(runner, forced)
+    ids = (drawn.ids[1], drawn.ids[2], drawn.ids[3])
+    row = PlanRow(1, 11, 3, ids, (1,), True, num_forced=2)
+    step = runner.launch(StepPlan(0, (row,)))
+    step.draw({})
+    assert step.result().token_ids == (drawn.ids[4],)
+    mask = np.zeros(SIZES["vocab_size"] // 32, dtype=np.int32)
+    mask[3] = 1 << 5
+    step = runner.launch(StepPlan(1, (PlanRow(1, 14, 1, (), (1,), True, is_guided=True),)))
+    step.draw({1: mask})
+    assert step.result().token_ids == (3 * 32 + 5,)
+
+
+@pytest.mark.parametrize("name", ["fp8 dynamic", "fp8 static, k_scale"])
+def test_logits_are_those_of_the_pytorch_runner(tmp_path: Path, name: str) -> None:
+    """Same FP8 weights, scales and pages: what is left are BF16 activations between the kernels, against FP32 there."""
+    sizes = SIZES | {"num_layers": 2}
+    quantise_checkpoint(
+        make_checkpoint(tmp_path / "source", dtype=torch.bfloat16, **sizes), tmp_path / "fp8", SCHEMES[name]
+    )
+    ids = prompt(8, 80)
+    found, expected = Story(ids, 0, (0, 1)), Story(ids, 0, (0, 1))
+    cuda = make_runner(tmp_path / "fp8")
+    in_torch = TorchRunner(tmp_path / "fp8", num_pages=NUM_PAGES, max_num_seqs=4, max_model_len=256, num_threads=1)
+    assert cuda.describe()["quantization"] == in_torch.describe()["quantization"]
+    run(cuda, found)
+    run(in_torch, expected)
+    a, b = (np.array([score.log_prob for score in sequence.scores]) for sequence in (found, expected))
+    assert len(a) == 79
+    assert b.std() > 1.0
+    assert np.abs(a - b).mean() < 0.15 * b.std()
+    assert np.corrcoef(a, b)[0, 1] > 0.97
+
+
+def answers(runner: ModelRunner, questions: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Greedy answers of the demo checkpoint, all at once, through the real engine."""
+    vocabulary = [b"x"] * runner.config.vocab_size  # type: ignore[attr-defined]
+    limits = SchedulerLimits(runner.num_pages, runner.max_num_seqs, 128, runner.max_num_seqs)
+    ids: dict[int, list[int]] = {handle: [] for handle in range(len(questions))}
+    num_running = len(questions)
+
+    def take(events: list[Event], stats: EngineStats) -> None:
+        nonlocal num_running
+        for event in events:
+            assert isinstance(event, TokenEvent), event
+            ids[event.handle] += event.token_ids
+            if event.is_request_end:
+                num_running -= 1
+        if num_running == 0:
+            engine.stop()
+
+    engine = Engine(Scheduler(limits, vocabulary, eos_id=2), runner, take)
+    for handle, question in enumerate(questions):
+        engine.submit(GenerationRequest(handle, "", question, 120))
+    engine.run()
+    return list(ids.values())
+
+
+def test_the_demo_checkpoint_answers_in_fp8_through_the_engine() -> None:
+    tokens = ChatTokens(DEMO / "tekken.json")
+    examples = [
+        next(question for question in language.questions if len(question.answer) < 90)
+        for language in read_data().languages
+    ]
+    runner = make_runner(DEMO, num_pages=16, max_num_seqs=8, weight_dtype="fp8", kv_dtype="fp8")
+    found = answers(runner, [tuple(tokens.prompt([], example.ask[0])) for example in examples])
+    assert [tokens.decode(ids) for ids in found] == [example.answer for example in examples]
+
+
+def test_what_the_kernels_do_not_serve_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="runner cuda: head_dim must be 128, found 64"):
+        make_runner(make_checkpoint(tmp_path / "head", **SIZES | {"head_dim": 64}))
+    with pytest.raises(ConfigError, match="runner cuda: the FFN size must be a multiple of 128, found 160"):
+        make_runner(make_checkpoint(tmp_path / "ffn", **SIZES | {"ffn_size": 160}))
+    with pytest.raises(ConfigError, match="weight_dtype and kv_dtype must be bf16 or fp8, got fp32, auto"):
+        make_runner(make_checkpoint(tmp_path / "fp32", **SIZES), weight_dtype="fp32")
+
+
+def test_nan_is_reported_by_slot(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, **SIZES)
+    tensors = random_tensors(TinyConfig(**SIZES), 0)
+    tensors["model.embed_tokens.weight"][7] = torch.nan
+    write_shards(tmp_path, "model", tensors)
+    runner = make_runner(tmp_path)
+    bad, good = Story((9, 7), 2, (3,)), Story((9, 8), 0, (1,))
+    step = runner.launch(StepPlan(0, tuple(sequence.row() for sequence in (bad, good))))
+    step.draw({})
+    with pytest.raises(EngineFailure, match="logits: must be finite, got NaN or infinity in slot 2;"):
+        step.result()
+
+
+def test_blocks_of_a_plan() -> None:
+    rows = (
+        PlanRow(3, 40, 1, (), (0,), True),
+        PlanRow(1, 0, 130, tuple(range(130)), (1, 2, 3), True, num_prompt_logprobs=0),
+        PlanRow(0, 8, 2, (5, 6), (4,), True, num_forced=1),
+    )
+    blocks, kept = split_plan(StepPlan(0, rows), [(), tuple(range(130)), (), ()])
+    assert [len(block.token_ids) for block in blocks] == [128, 5]
+    assert [block.width for block in blocks] == [128, 8]
+    assert blocks[0].token_ids[:2] == [-4, 0]
+    assert blocks[1].slots == [1, 1, 1, 0, 0]
+    assert blocks[1].positions == [127, 128, 129, 8, 9]
+    assert blocks[1].kept_tokens == [0, 1, 2, 4]
+    assert kept.sampled == (0, 130, 131)
+    assert kept.scored == (range(1, 130),)
