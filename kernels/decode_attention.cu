@@ -16,7 +16,7 @@
 // attention_partials, 5 warps: warp 4 is the producer, one lane of it asks for tiles: (page, KV head) is one bulk copy of 8 or 16 KB for K and one for V,
 // STAGES of them ahead, across the borders of items. Warps 0-3 have 16 of a page's 64 tokens each: S = Q K^T with the group's heads as rows (mma
 // m16n8k16, rows 8-15 are zero), weights stay in registers as the A operand of O += P V. Warps add up at the end of an item only.
-//   in flight per SM: 3 blocks x 64 KB = 192 KB
+//   in flight per SM: 2 blocks x 96 KB = 192 KB (registers allow no third block: capped at 136 the compiler spills)
 // e4m3 becomes FP16, exactly, in one conversion per pair: K's bytes in the order ldmatrix gives them, to which the order of Q's dimensions is
 // suited; V's through a transposing ldmatrix, whose pairs of bytes are even and odd dimensions of their token.
 // Limits: D = 128, at most 8 query heads per KV head, 1024 rows; a row of length 0 gives zeros. What K and V pages hold behind a row's length has no influence, NaN included.
@@ -33,7 +33,7 @@ namespace {
 constexpr int GROUP = NUM_HEADS / NUM_KV_HEADS;
 constexpr int ROW_BYTES = FP8_KV ? HEAD_DIM : 2 * HEAD_DIM;
 constexpr int TILE_BYTES = PAGE_TOKENS * ROW_BYTES;
-constexpr int STAGES = FP8_KV ? 4 : 2;
+constexpr int STAGES = FP8_KV ? 6 : 3;
 constexpr int NUM_CONSUMER_WARPS = 4;
 constexpr int NUM_CONSUMERS = 32 * NUM_CONSUMER_WARPS;
 constexpr int SCHEDULE_THREADS = 1024;
