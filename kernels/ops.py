@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from kernels import embedding, log_probs, read_bandwidth, rmsnorm, rope_kv, sample, skinny_gemm, swiglu
+from kernels import (
+    decode_attention,
+    embedding,
+    log_probs,
+    read_bandwidth,
+    rmsnorm,
+    rope_kv,
+    sample,
+    skinny_gemm,
+    swiglu,
+)
 from kernels.errors import KernelError
 from kernels.op import Op
 
@@ -10,6 +20,7 @@ OPS: tuple[Op, ...] = (
     embedding.OP,
     rmsnorm.OP,
     rope_kv.OP,
+    decode_attention.OP,
     skinny_gemm.OP,
     swiglu.OP,
     sample.OP,

@@ -131,7 +131,7 @@ def test_the_schedule_lists_every_chunk_of_every_row() -> None:
     schedule_attention(
         EmulatedDevice(CHECKED[0]), lengths=torch.tensor(lengths, dtype=torch.int32), num_rows=num_rows, **work
     )
-    expected = []
+    expected: list[list[int]] = []
     for row, length in enumerate(lengths[:9]):
         num_pages = -(-length // PAGE_TOKENS)
         assert work["first_items"][row] == len(expected)

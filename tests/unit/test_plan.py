@@ -79,7 +79,7 @@ def test_it_is_the_plan_an_engine_starts_with(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80 * 10**9, 80 * 10**9))
     placement = Placement(torch.device("cuda:0"), weight_format("bf16"), torch.bfloat16)
-    plan = select._plan_for(placement, NEMO_12B, Settings(checkpoint="any"))
+    plan = select._plan_for(placement, NEMO_12B, Settings(checkpoint="any"), workspace_bytes(NEMO_12B, 512, 256))
     assert main(["--gpu-memory", "80GB"]) == 0
     printed = capsys.readouterr().out
     for name, value in plan.lines().items():
