@@ -52,7 +52,13 @@ def test_names_kinds_and_help(server: LiveServer) -> None:
     assert samples["num_request_max"] == 256
 
 
-CONSTANT = ("num_request_max", "nemo_engine_info", "nemo_engine_restarts_total")
+CONSTANT = (
+    "num_request_max",
+    "nemo_engine_info",
+    "nemo_engine_restarts_total",
+    "nemo_kv_pages",
+    "nemo_kv_page_tokens",
+)
 GONE_WHEN_IDLE = ("num_requests_running", "num_requests_waiting", "gpu_cache_usage_perc", "nemo_kv_pages_used")
 NUM_PAGES = 1024
 
