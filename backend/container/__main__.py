@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from backend.container import checks
 from backend.container.environment import HUB_PREFIX, ContainerEnvironment, read_environment
@@ -19,6 +21,8 @@ from backend.server_api import ServerApi
 from backend.settings import Settings, read_model_parameters
 
 log = logging.getLogger("nemo.container")
+PREBUILT_KERNELS = Path("/opt/nemo/kernels")
+"""Where docker/Dockerfile compiles the kernels to."""
 
 
 def serve(container: ContainerEnvironment, arguments: list[str]) -> int:
@@ -27,6 +31,7 @@ def serve(container: ContainerEnvironment, arguments: list[str]) -> int:
         _download(container, container.source)
     if check(container, []):
         return 1
+    _copy_prebuilt_kernels()
     checkpoint = str(container.checkpoint or DEMO_CHECKPOINT)
     return _become("backend.serve", ["--question", "", "--checkpoint", checkpoint, *container.options, *arguments])
 
@@ -123,6 +128,13 @@ def _download(container: ContainerEnvironment, source: str) -> None:
     from backend.container.download import download as fetch  # half a second that the other commands need not wait
 
     fetch(source, container.store)
+
+
+def _copy_prebuilt_kernels() -> None:
+    """Start the cache of compiled kernels (a folder that can be written to, for other shapes) with those of the image."""
+    cache = os.environ.get("NEMO_KERNEL_CACHE")
+    if cache and PREBUILT_KERNELS.is_dir():
+        shutil.copytree(PREBUILT_KERNELS, cache, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
 
 def _settings(checkpoint: str) -> Settings:

@@ -87,6 +87,9 @@ def test_it_serves_and_drains_under_load(server: ImageServer) -> None:
     assert "tini" in command_line(server.init_pid())
     assert Path(f"/proc/{server.init_pid()}/status").read_text().split("Uid:\t")[1].startswith("1000\t")
     assert run("health", HTTP_PORT=str(server.http_port)).returncode == 0
+    prebuilt = {path.name for path in (ROOT / "opt" / "nemo" / "kernels").glob("*.cubin")}
+    assert prebuilt
+    assert {path.name for path in Path(f"/proc/{server.init_pid()}/root/tmp/nemo-kernels").glob("*.cubin")} == prebuilt
     asked = run("ask", "--protocol=http", f"--url=127.0.0.1:{server.http_port}", "--quiet", "What is Tekken?")
     assert "token" in asked.stdout.lower(), asked.stderr
     models = json.loads(http_get(server.openai_port, "/v1/models")[1])
