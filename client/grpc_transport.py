@@ -7,7 +7,9 @@ final response. grpc comes with tritonclient[grpc].
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import queue
+import threading
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import grpc  # type: ignore[import-untyped,unused-ignore]
@@ -58,7 +60,7 @@ class GrpcTransport:
         call = self._stub.ModelStreamInfer(iter((_request(model, tensors, request_id),)), timeout=self._timeout_s)
         final = False
         try:
-            for message in call:
+            for message in _messages(call):
                 if message.error_message:
                     raise RequestFailed(message.error_message)
                 response = message.infer_response
@@ -84,6 +86,33 @@ class GrpcTransport:
         if code is grpc.StatusCode.UNAVAILABLE:
             return BrokenStream(f"the connection to {self._address} broke: {details}")
         return RequestFailed(f"{code.name}: {details}")
+
+
+def _messages(call: Any) -> Iterator[Any]:
+    """The messages of a call, read by a thread of their own when the caller is the main thread.
+
+    Ctrl-C raises KeyboardInterrupt in the main thread, wherever that is. Inside grpc it could leave one of grpc's locks
+    locked for ever, and then the call can neither go on nor be cancelled (seen); here it finds a queue.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield from call
+        return
+    arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def forward() -> None:
+        try:
+            for message in call:
+                arrived.put(message)
+        except grpc.RpcError as error:
+            arrived.put(error)
+        else:
+            arrived.put(None)
+
+    threading.Thread(target=forward, name="responses", daemon=True).start()
+    while (message := arrived.get()) is not None:
+        if isinstance(message, grpc.RpcError):
+            raise message
+        yield message
 
 
 def _request(model: str, tensors: Sequence[InputTensor], request_id: str) -> Any:

@@ -222,13 +222,17 @@ def test_chat_ctrl_c_stops_the_answer_and_goes_on(fake: FakeTriton) -> None:
     with subprocess.Popen(command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write("one\n")
-        process.stdin.flush()
-        assert process.stdout.readline() == "so far\n"
-        process.send_signal(signal.SIGINT)
-        assert fake.cancelled.wait(30)
-        fake.script = lambda _: [answer("done", [1])]
-        output, error = process.communicate("two\n", timeout=60)
+        try:
+            process.stdin.write("one\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "so far\n"
+            process.send_signal(signal.SIGINT)
+            assert fake.cancelled.wait(30)
+            fake.script = lambda _: [answer("done", [1])]
+            output, error = process.communicate("two\n", timeout=60)
+        except BaseException:
+            process.kill()  # else leaving the block would wait for it for ever
+            raise
     assert (process.returncode, output) == (0, "done\n")
     assert "client: stopped" in error
     assert json.loads(fake.received[1].values("messages")[0]) == [{"role": "user", "content": "two"}]
