@@ -258,6 +258,13 @@ HW void mbarrier_arrive_cluster(Barrier* b, u32 rank HW_AT) {
                          "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(shared_address(b)), "r"(rank) : "memory"),
             emu::mbarrier_arrive_cluster(b, rank, at));
 }
+// As above for one who has only read (a stage is given back): publishes no writes, and so costs no fence of the whole device, into which ptxas
+// turns the release above. CUTLASS's ClusterBarrier::arrive is this instruction too.
+HW void mbarrier_arrive_cluster_reader(Barrier* b, u32 rank HW_AT) {
+  HW_EITHER(asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+                         "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(shared_address(b)), "r"(rank) : "memory"),
+            emu::mbarrier_arrive_cluster(b, rank, at));
+}
 // May return false before the phase is complete: call it in a loop, or mbarrier_wait.
 HW bool mbarrier_try_wait(Barrier* b, u32 parity HW_AT) {
   u32 r;

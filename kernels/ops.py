@@ -5,6 +5,7 @@ from __future__ import annotations
 from kernels import (
     decode_attention,
     embedding,
+    large_gemm,
     log_probs,
     read_bandwidth,
     rmsnorm,
@@ -22,6 +23,7 @@ OPS: tuple[Op, ...] = (
     rope_kv.OP,
     decode_attention.OP,
     skinny_gemm.OP,
+    large_gemm.OP,
     swiglu.OP,
     sample.OP,
     log_probs.OP,

@@ -4,10 +4,10 @@
 //   out[m, n] = (sum * x_scale[m]) * weight_scale[n]  (FP8 1)   or   sum  (FP8 0: BF16 operands, no scales)
 //   RESIDUAL 1: + residual[m, n].   FLOAT_OUT 1: FP32, else BF16.
 //
-// NeMo, FP8, bytes of the weights, their floor at 4.3 TB/s, tiles x segments -> share of 132 SMs that works (plan in skinny_gemm.py):
-//   qkv     [ 6144,  5120]   31.5 MB    7.3 us    96 x 4    97 %          gate_up [28672,  5120]  146.8 MB   34.1 us   448 x 5   100 %
-//   o       [ 5120,  4096]   21.0 MB    4.9 us    80 x 8    97 %          down    [ 5120, 14336]   73.4 MB   17.1 us    80 x 8    97 %
-//   head, BF16 [131072, 5120] 1342.2 MB  312 us  2048 x 4   99 %          flops: 2 M N K, below the tensor cores' speed up to M = 174
+// NeMo, FP8, bytes of the weights, their floor at 4.3 TB/s, tiles x segments = blocks, all at once on 132 SMs (plan in skinny_gemm.py):
+//   qkv     [ 6144,  5120]   31.5 MB    7.3 us    96 x 2 = 192         gate_up [28672,  5120]  146.8 MB   34.1 us   448 x 1 = 448
+//   o       [ 5120,  4096]   21.0 MB    4.9 us    80 x 2 = 160         down    [ 5120, 14336]   73.4 MB   17.1 us    80 x 2 = 160
+//   head, BF16 [131072, 5120] 1342.2 MB  312 us  2048 x 1              flops: 2 M N K, below the tensor cores' speed up to M = 174
 //
 // The operands change sides: 64 rows of *weights* fill the 64-row side of wgmma, the tokens its n side (8 to 128), so few tokens waste nothing.
 // A block works on one tile of 64 outputs and one segment of K. The segments of a tile are one cluster: at the end each block leaves its
@@ -16,16 +16,18 @@
 //
 //   warps 0-3  consumers: wgmma on a stage of the ring (128 bytes of K), then one arrival a warp to give the stage back
 //   warp  4    producer: one thread issues the copies
-//   in flight per SM (weights): 5 blocks x 4 stages x 8 KB = 160 KB up to 16 tokens, 128 KB at 32, 96 KB at 64, 64 KB at 128
+//   in flight per SM (weights): 77 to 162 KB up to 16 tokens, 58 to 81 KB at 64, 38 to 54 KB at 128; 4.3 TB/s for 1 us are 33 KB
 //
 // Batch invariance: which products are added in which order depends on N and K alone. Inside 128 bytes of K the tensor core adds; FP8 sums are
-// moved to FP32 registers after each such interval (Hopper keeps about 14 bits of an FP8 sum), intervals in order, segments in order. That an
+// moved to FP32 registers after each such interval (Hopper keeps about 14 bits of an FP8 sum), intervals in order, segments in order; large_gemm adds the same. That an
 // element of wgmma does not depend on the width of its n side is assumed, and to be verified on hardware.
 // Limits: N a multiple of 64, K of 128 bytes x SEGMENTS, M at most 128 (the launcher picks TOKENS >= M). x and out have max_rows rows;
 // those from *num_rows on are read (whatever they hold) and not written.
 //
 // History
 //   1  ring of 4 stages, one warpgroup, cluster over K reduced through distributed shared memory        not yet run on hardware
+//   2  at most 2 segments for NeMo (were 4 to 8), rings of 2 to 8 stages: large_gemm must add in the same order, and pays for segments; here
+//      fewer sums cross the cluster. At 128 tokens an SM with two blocks multiplies for 4.7 us of o's 4.9    not yet run on hardware
 #include "hopper.cuh"
 #include "wgmma.cuh"
 

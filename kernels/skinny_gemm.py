@@ -16,26 +16,27 @@ from kernels.op import Case, Cost, Inputs, Op
 MAX_ROWS = 128
 _TILE_OUTPUTS = 64
 _STAGE_BYTES_OF_K = 128
-_MAX_STAGES = 4
+_MIN_STAGES, _MAX_STAGES = 2, 8
 _TOKEN_WIDTHS = (8, 16, 32, 64, 128)
-_SEGMENT_COUNTS = (1, 2, 4, 5, 8)
+_SEGMENT_COUNTS = (1, 2, 4, 8)
 _SUM_STRIDE_BYTES = 4 * (_TILE_OUTPUTS + 4)
 _NUM_THREADS = 160
 # The plan must not depend on the machine, or results would: H100 and H200 (SXM) have this many SMs, each with this much.
 _NUM_SMS = 132
 _SM_SHARED_BYTES = 227 * 1024
-# A segment of fewer intervals is over before the ring is full; more segments must raise the share of working SMs by this much.
+# A segment of fewer intervals is over before the copies are under way.
 _MIN_INTERVALS = 4
-_WORTH_MORE_SEGMENTS = 0.01
+# Nearly one block for every SM.
+_ENOUGH_BLOCKS = 120
+# Blocks that share an SM; more of them would have rings too short to be worth it.
+_MAX_BLOCKS_PER_SM = 4
+# Of a block, besides what it asks for: its barriers, a kilobyte of the system's, the alignment to a kilobyte.
+_BLOCK_OVERHEAD_BYTES = 2048
 
 
 @dataclass(frozen=True)
 class SkinnyPlan:
-    """How an [N, K] matrix is cut for `tokens` rows at most; `segments` depend on N and K alone.
-
-    sm_share: share of the SMs' time that has a block to work on, when all blocks take equally long.
-    weight_bytes_in_flight: of one SM.
-    """
+    """How an [N, K] matrix is cut for `tokens` rows at most; `segments` depend on N and K alone."""
 
     tokens: int
     segments: int
@@ -50,20 +51,20 @@ class SkinnyPlan:
         return self.num_tiles * self.segments
 
     @property
-    def sm_share(self) -> float:
-        """Working SMs over all, as if blocks went to SMs one by one."""
-        return _sm_share(self.num_blocks)
+    def num_running(self) -> int:
+        """Blocks that run at once; almost always all of them."""
+        return min(self.num_blocks, self.blocks_per_sm * _NUM_SMS)
 
     @property
     def weight_bytes_in_flight(self) -> int:
-        """What one SM has asked for when all its blocks have just started."""
-        return self.blocks_per_sm * self.stages * _TILE_OUTPUTS * _STAGE_BYTES_OF_K
+        """What an SM, on average, has asked for when all running blocks have just started."""
+        return self.num_running * self.stages * _TILE_OUTPUTS * _STAGE_BYTES_OF_K // _NUM_SMS
 
     def __str__(self) -> str:
         return (
             f"{self.num_tiles} tiles x {self.segments} segments = {self.num_blocks} blocks for up to {self.tokens} rows, "
-            f"{self.blocks_per_sm} a SM, {self.sm_share:.0%} of {_NUM_SMS} SMs, "
-            f"{self.weight_bytes_in_flight // 1024} KB of weights in flight a SM"
+            f"{self.num_running} at once on {_NUM_SMS} SMs, "
+            f"{self.stages} stages, {self.weight_bytes_in_flight // 1024} KB of weights in flight a SM"
         )
 
 
@@ -71,7 +72,7 @@ def plan_skinny_gemm(num_rows: int, num_outputs: int, num_inputs: int, *, is_fp8
     """The plan for x [num_rows, num_inputs] and a weight [num_outputs, num_inputs]; ContractError if there is none.
 
     >>> print(plan_skinny_gemm(1, 28672, 5120, is_fp8=True))
-    448 tiles x 5 segments = 2240 blocks for up to 8 rows, 5 a SM, 100% of 132 SMs, 160 KB of weights in flight a SM
+    448 tiles x 1 segments = 448 blocks for up to 8 rows, 448 at once on 132 SMs, 6 stages, 162 KB of weights in flight a SM
     """
     stage_k = _STAGE_BYTES_OF_K // (1 if is_fp8 else 2)
     check_size("skinny_gemm", "M", num_rows, at_least=1, at_most=MAX_ROWS)
@@ -79,28 +80,29 @@ def plan_skinny_gemm(num_rows: int, num_outputs: int, num_inputs: int, *, is_fp8
     check_size("skinny_gemm", "K", num_inputs, multiple_of=stage_k, at_least=stage_k)
     tokens = next(width for width in _TOKEN_WIDTHS if width >= num_rows)
     num_tiles, num_intervals = num_outputs // _TILE_OUTPUTS, num_inputs // stage_k
-    segments = _segments(num_tiles, num_intervals)
-    stages = min(_MAX_STAGES, num_intervals // segments)
-    ring_bytes = stages * (_TILE_OUTPUTS + tokens) * _STAGE_BYTES_OF_K
-    shared_bytes = max(ring_bytes, tokens * _SUM_STRIDE_BYTES)
-    # A block also takes its barriers and a kilobyte of the system's, and is aligned to a kilobyte.
-    blocks_per_sm = min(_SM_SHARED_BYTES // (shared_bytes + 2048), 2048 // _NUM_THREADS)
+    segments = num_segments(num_outputs, num_intervals)
+    sharing = min(math.ceil(num_tiles * segments / _NUM_SMS), _MAX_BLOCKS_PER_SM)
+    stage_bytes = (_TILE_OUTPUTS + tokens) * _STAGE_BYTES_OF_K
+    room = (_SM_SHARED_BYTES // sharing - _BLOCK_OVERHEAD_BYTES) // stage_bytes
+    stages = min(max(room, _MIN_STAGES), _MAX_STAGES, num_intervals // segments)
+    shared_bytes = max(stages * stage_bytes, tokens * _SUM_STRIDE_BYTES)
+    blocks_per_sm = min(_SM_SHARED_BYTES // (shared_bytes + _BLOCK_OVERHEAD_BYTES), 2048 // _NUM_THREADS)
     return SkinnyPlan(tokens, segments, stages, num_tiles, shared_bytes, blocks_per_sm)
 
 
-def _segments(num_tiles: int, num_intervals: int) -> int:
-    """The fewest segments that let (almost) the largest share of the SMs work."""
+def num_segments(num_outputs: int, num_intervals: int) -> int:
+    """The fewest segments of K that give (almost) every SM a block. large_gemm adds up in the same segments.
+
+    More would only help if blocks waited for an SM. They do not: all of them run at once and share one memory, which serves
+    each in proportion to what it has asked for, so that a SM with two blocks is twice as fast as one with one.
+    """
+    num_tiles = num_outputs // _TILE_OUTPUTS
     possible = [
         count
         for count in _SEGMENT_COUNTS
         if num_intervals % count == 0 and (count == 1 or num_intervals // count >= _MIN_INTERVALS)
     ]
-    best = max(_sm_share(num_tiles * count) for count in possible)
-    return next(count for count in possible if _sm_share(num_tiles * count) >= best - _WORTH_MORE_SEGMENTS)
-
-
-def _sm_share(num_blocks: int) -> float:
-    return num_blocks / (math.ceil(num_blocks / _NUM_SMS) * _NUM_SMS)
+    return next((count for count in possible if num_tiles * count >= _ENOUGH_BLOCKS), possible[-1])
 
 
 def skinny_gemm(
@@ -122,9 +124,73 @@ def skinny_gemm(
 
     ContractError.
     """
+    operands = check_linear(
+        "skinny_gemm",
+        device,
+        x=x,
+        weight=weight,
+        x_scale=x_scale,
+        weight_scale=weight_scale,
+        residual=residual,
+        out=out,
+        num_rows=num_rows,
+    )
+    rows, outputs, inputs = (operands.sizes[letter] for letter in "MNK")
+    plan = plan_skinny_gemm(rows, outputs, inputs, is_fp8=operands.is_fp8)
+    device.launch(
+        Launch(
+            program(
+                plan,
+                outputs,
+                inputs,
+                is_fp8=operands.is_fp8,
+                has_residual=residual is not None,
+                is_float_out=operands.is_float_out,
+            ),
+            "skinny_gemm",
+            grid=(plan.segments, plan.num_tiles, 1),
+            block=(_NUM_THREADS, 1, 1),
+            cluster=(plan.segments, 1, 1),
+            shared_bytes=plan.shared_bytes,
+            arguments=(
+                operand_map(operands.weight, _TILE_OUTPUTS),
+                operand_map(operands.x, plan.tokens),
+                *operands.others,
+                int32("max_rows", rows),
+            ),
+            overlaps_previous=True,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class LinearOperands:
+    """The buffers of a linear layer, checked; `others`: weight_scale, x_scale, residual, out, num_rows."""
+
+    weight: Buffer
+    x: Buffer
+    others: tuple[Buffer, ...]
+    sizes: dict[str, int]
+    is_fp8: bool
+    is_float_out: bool
+
+
+def check_linear(
+    op: str,
+    device: Device,
+    *,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight_scale: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    num_rows: torch.Tensor,
+) -> LinearOperands:
+    """The contract of `skinny_gemm`, but for the bounds of the sizes. ContractError in the name of `op`."""
     is_fp8 = weight.dtype == torch.float8_e4m3fn
     if is_fp8 != (x_scale is not None) or is_fp8 != (weight_scale is not None):
-        raise ContractError("skinny_gemm: x_scale and weight_scale must both be given for FP8, and neither for BF16")
+        raise ContractError(f"{op}: x_scale and weight_scale must both be given for FP8, and neither for BF16")
     dtype = torch.float8_e4m3fn if is_fp8 else torch.bfloat16
     out_dtype = torch.float32 if out.dtype == torch.float32 else torch.bfloat16
     weight_buffer = Buffer("weight", weight, Access.CONSTANT, "N K", dtype)
@@ -136,32 +202,8 @@ def skinny_gemm(
         Buffer("out", out, Access.WRITE, "M N", out_dtype),
         Buffer("num_rows", num_rows, Access.READ, "1", torch.int32),
     )
-    sizes = check_arguments("skinny_gemm", device, (weight_buffer, x_buffer, *others))
-    plan = plan_skinny_gemm(sizes["M"], sizes["N"], sizes["K"], is_fp8=is_fp8)
-    device.launch(
-        Launch(
-            program(
-                plan,
-                sizes["N"],
-                sizes["K"],
-                is_fp8=is_fp8,
-                has_residual=residual is not None,
-                is_float_out=out_dtype == torch.float32,
-            ),
-            "skinny_gemm",
-            grid=(plan.segments, plan.num_tiles, 1),
-            block=(_NUM_THREADS, 1, 1),
-            cluster=(plan.segments, 1, 1),
-            shared_bytes=plan.shared_bytes,
-            arguments=(
-                _tile_map(weight_buffer, _TILE_OUTPUTS),
-                _tile_map(x_buffer, plan.tokens),
-                *others,
-                int32("max_rows", sizes["M"]),
-            ),
-            overlaps_previous=True,
-        )
-    )
+    sizes = check_arguments(op, device, (weight_buffer, x_buffer, *others))
+    return LinearOperands(weight_buffer, x_buffer, others, sizes, is_fp8, out_dtype == torch.float32)
 
 
 def program(
@@ -181,7 +223,7 @@ def program(
     )
 
 
-def _tile_map(buffer: Buffer, num_rows: int) -> TensorMap:
+def operand_map(buffer: Buffer, num_rows: int) -> TensorMap:
     """Boxes of `num_rows` rows and 128 bytes of K, swizzled as wgmma reads them; rows beyond the tensor are zero."""
     assert buffer.tensor is not None
     rows, columns = buffer.tensor.shape
@@ -234,7 +276,7 @@ CASES = (
     Case("NeMo down, one row", {"M": 1, "N": 5120, "K": 14336}, is_emulated=False, is_timed=True),
     Case("NeMo head", {"M": 64, "N": 131072, "K": 5120}, {"bf16": True, "float": True}, is_emulated=False, is_timed=True),
     Case("o, two tiles", {"M": 3, "N": 128, "K": 4096}),
-    Case("ring used again", {"M": 9, "N": 64, "K": 5120}),
+    Case("ring used again", {"M": 9, "N": 64, "K": 10240}),
     Case("one interval", {"M": 8, "N": 64, "K": 128}),
     Case("one segment", {"M": 5, "N": 64, "K": 896}, {"float": True}),
     Case("a residual", {"M": 17, "N": 128, "K": 1024}, {"residual": True}),
@@ -242,7 +284,7 @@ CASES = (
     Case("128 rows less one", {"M": 127, "N": 64, "K": 512}, {"residual": True}),
     Case("BF16", {"M": 2, "N": 128, "K": 1024}, {"bf16": True}),
     Case("BF16 head", {"M": 20, "N": 192, "K": 256}, {"bf16": True, "float": True}),
-    Case("BF16, ring used again", {"M": 33, "N": 64, "K": 2560}, {"bf16": True, "residual": True}),
+    Case("BF16, ring used again", {"M": 33, "N": 64, "K": 5120}, {"bf16": True, "residual": True}),
 )  # fmt: skip
 
 

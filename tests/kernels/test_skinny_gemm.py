@@ -52,18 +52,18 @@ def run(inputs: Inputs, conditions: object = PLAIN[0]) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
-        ((6144, 5120), (96, 4, 384)),
-        ((5120, 4096), (80, 8, 640)),
-        ((28672, 5120), (448, 5, 2240)),
-        ((5120, 14336), (80, 8, 640)),
+        ((6144, 5120), (96, 2, 192)),
+        ((5120, 4096), (80, 2, 160)),
+        ((28672, 5120), (448, 1, 448)),
+        ((5120, 14336), (80, 2, 160)),
     ],
 )
 def test_plans_of_mistral_nemo(shape: tuple[int, int], expected: tuple[int, int, int]) -> None:
     plans = [plan_skinny_gemm(rows, *shape, is_fp8=True) for rows in (1, 8, 9, 32, 64, 128)]
     for plan in plans:
         assert (plan.num_tiles, plan.segments, plan.num_blocks) == expected, "the number of rows must not matter"
-        assert plan.sm_share > 0.96
-        assert plan.weight_bytes_in_flight >= 64 * 1024
+        assert plan.num_running == plan.num_blocks, "no block waits for another to end"
+        assert plan.weight_bytes_in_flight >= (56 if plan.tokens < 128 else 38) * 1024
         assert plan.shared_bytes <= 227 * 1024
     assert [plan.tokens for plan in plans] == [8, 8, 16, 32, 64, 128]
 
@@ -71,7 +71,8 @@ def test_plans_of_mistral_nemo(shape: tuple[int, int], expected: tuple[int, int,
 def test_the_head_fills_the_machine_too() -> None:
     plan = plan_skinny_gemm(16, 131072, 5120, is_fp8=False)
     assert str(plan) == (
-        "2048 tiles x 4 segments = 8192 blocks for up to 16 rows, 5 a SM, 99% of 132 SMs, 160 KB of weights in flight a SM"
+        "2048 tiles x 1 segments = 2048 blocks for up to 16 rows, 528 at once on 132 SMs, 5 stages, "
+        "160 KB of weights in flight a SM"
     )
 
 

@@ -355,7 +355,8 @@ extern "C" __global__ void __launch_bounds__(64) cluster_functions(const unsigne
   }
   cluster_arrive();
   cluster_wait();
-  mbarrier_arrive_cluster(greeted, next);
+  if (t % 2) mbarrier_arrive_cluster(greeted, next);
+  else mbarrier_arrive_cluster_reader(greeted, next);
   while (!mbarrier_try_wait_cluster(greeted, 0)) {
   }
   if (rank == 1 && t == 0) bulk_load_multicast(memory, in, 512, loaded, (u16)((1 << size) - 1));
