@@ -217,6 +217,11 @@ HW void cluster_sync(HW_AT_ALONE) {
   cluster_arrive(HW_EITHER(, at));
   cluster_wait(HW_EITHER(, at));
 }
+// As cluster_sync after nothing but reads (before a block ends): publishes no writes, and so does not wait for them.
+HW void cluster_sync_readers(HW_AT_ALONE) {
+  HW_EITHER(asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"), emu::cluster_arrive(at));
+  cluster_wait(HW_EITHER(, at));
+}
 // The same place in the shared memory of another block of the cluster, as an ordinary pointer.
 template <class Type>
 HW Type* cluster_map(Type* p, u32 rank HW_AT) {

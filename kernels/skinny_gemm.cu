@@ -26,8 +26,9 @@
 //
 // History
 //   1  ring of 4 stages, one warpgroup, cluster over K reduced through distributed shared memory        not yet run on hardware
-//   2  at most 2 segments for NeMo (were 4 to 8), rings of 2 to 8 stages: large_gemm must add in the same order, and pays for segments; here
-//      fewer sums cross the cluster. At 128 tokens an SM with two blocks multiplies for 4.7 us of o's 4.9    not yet run on hardware
+//   2  at most 2 segments for NeMo (were 4 to 8), rings of 2 to 8 stages: large_gemm must add in the same order, and pays for
+//      segments; fewer sums cross the cluster. At 128 tokens a SM with two blocks multiplies for 4.7 us of o's 4.9
+//      no fence of the whole device before a block ends, which waited until its results had arrived       not yet run on hardware
 #include "hopper.cuh"
 #include "wgmma.cuh"
 
@@ -155,6 +156,6 @@ skinny_gemm(const __grid_constant__ hw::TensorMap weight_map, const __grid_const
     if constexpr (FLOAT_OUT) hw::st8((float*)out + target, total);
     else *(__nv_bfloat162*)((__nv_bfloat16*)out + target) = __floats2bfloat162_rn(total.x, total.y);
   }
-  if constexpr (SEGMENTS > 1) hw::cluster_sync();  // no block ends while another still reads its sums
+  if constexpr (SEGMENTS > 1) hw::cluster_sync_readers();  // no block ends while another still reads its sums
 }
 EXPORT_KERNEL(skinny_gemm)

@@ -99,7 +99,7 @@ MISTAKES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("arrived, not waited", "  cluster_wait();\n", ""),
         (
             "a block leaves while others read it",
-            "  cluster_sync();  // nobody leaves while its shared memory may be read\n",
+            "  cluster_sync_readers();  // nobody leaves while its shared memory may be read\n",
             "",
         ),
         ("multicast load not waited for", "  mbarrier_wait_cluster(loaded, 0);\n  for (u32 i", "  for (u32 i"),

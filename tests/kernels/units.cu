@@ -363,7 +363,7 @@ extern "C" __global__ void __launch_bounds__(64) cluster_functions(const unsigne
   mbarrier_wait_cluster(loaded, 0);
   for (u32 i = t; i < 512; i += 64) loaded_bytes[rank * 512 + i] = memory[i];
   out[rank * 64 + t] = *cluster_map(&mine[t], next) + size;
-  cluster_sync();  // nobody leaves while its shared memory may be read
+  cluster_sync_readers();  // nobody leaves while its shared memory may be read
 }
 
 EXPORT_KERNEL(vector_access)
