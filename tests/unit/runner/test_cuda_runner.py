@@ -31,7 +31,7 @@ NUM_PAGES = 12
 
 def make_runner(folder: Path, **settings: Any) -> CudaRunner:
     limits = {"num_pages": NUM_PAGES, "num_host_pages": 4, "max_num_seqs": 4, "max_model_len": 256}
-    return CudaRunner(folder, EmulatedDevice(PLAIN[0]), **limits | settings)
+    return CudaRunner.load(folder, EmulatedDevice(PLAIN[0]), **limits | settings)
 
 
 @pytest.fixture(scope="module")
