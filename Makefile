@@ -18,7 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: serve setup kernels test-gpu check test tools helm-check observability-check drain-check image-check audit soak test-fuzz test-lm-eval browser lock clean help
+.PHONY: serve setup kernels test-gpu bench-gpu check test tools helm-check observability-check drain-check image-check audit test-demo-kernels soak test-fuzz test-lm-eval browser lock clean help
 
 # The server binary comes with a wheel unless an installed tritonserver is there.
 SERVER_LOCKS := requirements/server.txt $(if $(wildcard /opt/tritonserver/bin/tritonserver),,requirements/triton.txt)
@@ -63,6 +63,9 @@ audit: .venv/.ready-tests  ## Known vulnerabilities of the locked packages; asks
 helm-check: .venv/.ready-tests tools  ## The chart: lint, render by helm 3 and 4, validate for several versions of Kubernetes
 	.venv/bin/pytest tests/deploy/test_chart.py
 
+test-demo-kernels: .venv/.ready-tests  ## The CUDA runner, emulated, answers every question of the demo as PyTorch does (half an hour)
+	DEMO_QUESTIONS=all .venv/bin/pytest -rP tests/unit/runner/test_cuda_against_torch.py -k demo_checkpoint
+
 soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, also with too few pages (about 5 minutes)
 	.venv/bin/python -m tests.triton.soak
 
@@ -97,6 +100,9 @@ kernels:  ## Compile the CUDA kernels ahead (no GPU needed)
 
 test-gpu:  ## Everything that needs a Hopper GPU, with a short table last (LOGS=folder for the full logs)
 	$(GPU_PYTHON) -m tests.gpu $(if $(LOGS),--logs '$(LOGS)')
+
+bench-gpu:  ## Kernels and decode steps on a Hopper GPU, under 8 minutes; without one: at toy sizes on the emulator (JSON=file)
+	$(GPU_PYTHON) -m tests.bench.gpu $(if $(JSON),--json '$(JSON)')
 
 .venv/bin/python:
 	@command -v '$(PYTHON)' > /dev/null || { echo "make: no '$(PYTHON)' here: install Python 3.11 or 3.12, or name one, as in make PYTHON=/path/to/python3.11" >&2; exit 1; }

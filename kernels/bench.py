@@ -19,14 +19,11 @@ import torch
 
 from kernels import read_bandwidth
 from kernels.check import check_case
+from kernels.clock import Clock, GpuClock
 from kernels.compiler import compiler_version
 from kernels.driver import CudaDevice
-from kernels.op import Case, Op
-
-NUM_WARM_UP = 5
-NUM_SAMPLES = 50
-# Read between samples: several times the 50 MB of L2, and long enough to hide the host's work for the next sample.
-FLUSH_BYTES = 512 << 20
+from kernels.launch import Device
+from kernels.op import Case, Inputs, Op
 
 
 @dataclass(frozen=True)
@@ -57,38 +54,37 @@ class Timing:
 
 def bench(ops: Iterable[Op], device: CudaDevice, say: Callable[[str], None]) -> dict[str, Any]:
     """Times every case marked `is_timed`, each only after its check has passed. CheckError, LaunchError."""
+    clock = GpuClock(device)
     ceiling_case = next(case for case in read_bandwidth.CASES if case.is_timed)
-    check_case(read_bandwidth.OP, ceiling_case, device)
-    flush = _flusher(device)
-    ceiling = time_case(read_bandwidth.OP, ceiling_case, device, flush, bytes_per_us=None)
+    ceiling = time_case(read_bandwidth.OP, ceiling_case, device, clock, bytes_per_us=None)
     say(f"read ceiling: {ceiling.tb_per_s:.3f} TB/s\n{ceiling.line()}")
     timings = [ceiling]
     for op in ops:
         for case in op.cases:
             if case.is_timed and op is not read_bandwidth.OP:
-                check_case(op, case, device)
-                timings.append(time_case(op, case, device, flush, bytes_per_us=ceiling.tb_per_s * 1e6))
+                timings.append(time_case(op, case, device, clock, bytes_per_us=ceiling.tb_per_s * 1e6))
                 say(timings[-1].line())
     return {"machine": describe_machine(device), "timings": [asdict(timing) for timing in timings]}
 
 
-def time_case(op: Op, case: Case, device: CudaDevice, flush: Callable[[], None], bytes_per_us: float | None) -> Timing:
-    """Times one case as a graph of its launches, so that no work of the host lies between two events."""
-    inputs = {
+def time_case(op: Op, case: Case, device: Device, clock: Clock, bytes_per_us: float | None) -> Timing:
+    """Checks one case and times it. `bytes_per_us` None: this case is the ceiling itself. CheckError, LaunchError."""
+    check_case(op, case, device)
+    samples = clock.samples_us({"": captured(op, inputs_on(op, case, device), device)})
+    return summarise(op, case, samples[""], bytes_per_us)
+
+
+def inputs_on(op: Op, case: Case, device: Device) -> Inputs:
+    """A case's inputs, there."""
+    return {
         name: value.to(device.torch_device) if isinstance(value, torch.Tensor) else value
         for name, value in op.make_inputs(case, 0).items()
     }
-    graph = device.capture(lambda: op.launch(device, **inputs))
-    events = []
-    for _ in range(NUM_WARM_UP + NUM_SAMPLES):
-        flush()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        events.append((start, end))
-    device.synchronize()
-    return summarise(op, case, [1000 * start.elapsed_time(end) for start, end in events[NUM_WARM_UP:]], bytes_per_us)
+
+
+def captured(op: Op, inputs: Inputs, device: Device) -> Callable[[], None]:
+    """The replay of a graph of the launches, so that no work of the host lies between two events."""
+    return device.capture(lambda: op.launch(device, **inputs)).replay
 
 
 def summarise(op: Op, case: Case, samples_us: list[float], bytes_per_us: float | None) -> Timing:
@@ -125,13 +121,6 @@ def describe_machine(device: CudaDevice) -> dict[str, Any]:
         "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def _flusher(device: CudaDevice) -> Callable[[], None]:
-    """Reads other memory through L2: reading leaves nothing that must be written back while a sample runs."""
-    memory = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device=device.torch_device)
-    sums = torch.empty(2 * device.num_sms, dtype=torch.int32, device=device.torch_device)
-    return device.capture(lambda: read_bandwidth.read_bandwidth(device, data=memory, sums=sums)).replay
 
 
 def _output(*command: str) -> str:

@@ -287,6 +287,7 @@ CASES = (
          is_emulated=False, is_timed=True),
     Case("NeMo heads", _NEMO | {"T": 2, "length": 70}, {"output": 1}),
     Case("NeMo heads, FP8", _NEMO | {"T": 2, "length": 130}, {"fp8": True, "output": 1}),
+    Case("all of one length", {"T": 2, "H": 4, "K": 1, "length": 128}, {"full": True}),
     Case("lengths of every kind", {"T": 7, "H": 4, "K": 1, "length": 600}),
     Case("lengths of every kind, FP8", {"T": 7, "H": 4, "K": 1, "length": 600}, {"fp8": True, "output": 2}),
     Case("longer chunks", {"T": 1, "H": 1, "K": 1, "length": 16500}, {"fp8": True, "full": True}),

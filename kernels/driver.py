@@ -136,6 +136,13 @@ class CudaDevice:
         except RuntimeError as error:
             raise LaunchError(f"a kernel failed: {error}\n{self.report()}") from error
 
+    def mark(self) -> CudaMark:
+        """An event on torch's current stream."""
+        self._bind_thread()
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._torch_device))
+        return CudaMark(event, self)
+
     def capture(self, record: Callable[[], None]) -> CudaGraph:
         """The launches that `record` makes in this thread, as a CUDA graph; they are not run."""
         launches: list[Launch] = []
@@ -197,6 +204,21 @@ class _OfThread(threading.local):
     def __init__(self) -> None:
         self.is_bound = False
         self.captured: list[Launch] | None = None
+
+
+class CudaMark:
+    """An event that was recorded."""
+
+    def __init__(self, event: torch.cuda.Event, device: CudaDevice) -> None:
+        self._event = event
+        self._device = device
+
+    def wait(self) -> None:
+        """Waits for the event. LaunchError with the last launches if a kernel has failed."""
+        try:
+            self._event.synchronize()
+        except RuntimeError as error:
+            raise LaunchError(f"a kernel failed: {error}\n{self._device.report()}") from error
 
 
 class CudaGraph:

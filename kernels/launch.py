@@ -1,4 +1,4 @@
-"""One launch of a kernel, and the two interfaces it goes through: `Device` (runs it) and `Graph` (runs many again).
+"""One launch of a kernel, and the interfaces it goes through: `Device` (runs it), `Graph` (runs many again), `Mark` (waits).
 
 Two back ends implement them: `kernels.driver.CudaDevice`, and the emulator of the tests, which runs the same sources on
 the CPU. A launcher (`kernels/<op>.py`) gets one of them as its first argument and does not know which.
@@ -72,6 +72,13 @@ class Graph(Protocol):
         """Runs all of them once more, in order; returns before they have ended."""
 
 
+class Mark(Protocol):
+    """A place among the launches of a device."""
+
+    def wait(self) -> None:
+        """Waits for what was launched before it, and not for what came after. LaunchError if any of it failed."""
+
+
 class Device(Protocol):
     """Where kernels run. Launches go to torch's current stream, in order, and return before the kernel has ended."""
 
@@ -89,12 +96,22 @@ class Device(Protocol):
     def synchronize(self) -> None:
         """Waits for everything launched. LaunchError with the report of the last launches if any of it failed."""
 
+    def mark(self) -> Mark:
+        """Marks what has been launched on the current stream so far."""
+
     def capture(self, record: Callable[[], None]) -> Graph:
         """Calls `record`, whose launches are kept instead of run, and gives them as a graph.
 
         Only launches on this device may be in it: what torch computes there is part of a CUDA graph but not of an
         emulated one.
         """
+
+
+class PassedMark:
+    """A mark of a device that has always done everything it was told."""
+
+    def wait(self) -> None:
+        """There is nothing to wait for."""
 
 
 class RecordedGraph:

@@ -70,7 +70,7 @@ def make_checkpoint(
         tensors = {_mistral_name(name): _interleave(name, tensor, sizes) for name, tensor in tensors.items()}
         settings, settings_name, stem = _params_json(sizes), "params.json", "consolidated"
     else:
-        settings, settings_name, stem = _config_json(sizes, dtype), "config.json", "model"
+        settings, settings_name, stem = config_json(sizes, dtype), "config.json", "model"
     write_json(folder / settings_name, settings)
     write_shards(folder, stem, {name: tensor.to(dtype) for name, tensor in tensors.items()}, num_shards)
     if has_tekken:
@@ -142,7 +142,8 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _config_json(sizes: TinyConfig, dtype: torch.dtype) -> dict[str, Any]:
+def config_json(sizes: TinyConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The `config.json` that Hugging Face's tools write for such a model."""
     return {
         "architectures": ["MistralForCausalLM"],
         "attention_dropout": 0.0,

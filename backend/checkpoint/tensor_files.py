@@ -5,13 +5,16 @@ Only headers are read here. safetensors executes nothing, unlike pickled files, 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from backend.checkpoint.json_object import JsonObject, refuse_lfs_pointer
@@ -19,25 +22,41 @@ from backend.checkpoint.layouts import TensorSpec
 from backend.checkpoint.model_config import Layout
 from backend.errors import ConfigError, shown
 
-_DENSE_DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
-_FP8_DTYPE_BYTES = {"F8_E4M3": 1}
-"""safetensors' names of the dtypes that are read, and bytes per element."""
+_DENSE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn}
+"""The dtypes that are read, by safetensors' names."""
 _STEMS: dict[Layout, str] = {"huggingface": "model", "mistral": "consolidated"}
 _SHARD_NUMBER = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
-_REMEDY = "download the checkpoint again"
+REMEDY = "download the checkpoint again"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a file: its values begin `offset` bytes into it, row by row."""
+
+    name: str
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all values."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """`safetensors.safe_open` on the CPU; ConfigError for a missing, truncated or foreign file."""
     if not path.is_file():
-        raise ConfigError(f"{path} is missing, though the checkpoint refers to it; {_REMEDY}")
+        raise ConfigError(f"{path} is missing, though the checkpoint refers to it; {REMEDY}")
     refuse_lfs_pointer(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except SafetensorError as error:
-        raise ConfigError(f"{path} is not a complete safetensors file ({error}); {_REMEDY}") from error
+        raise ConfigError(f"{path} is not a complete safetensors file ({error}); {REMEDY}") from error
 
 
 def find_tensors(folder: Path, layout: Layout) -> dict[str, Path]:
@@ -64,28 +83,40 @@ def find_tensors(folder: Path, layout: Layout) -> dict[str, Path]:
     return found
 
 
-def check_tensors(files: Mapping[str, Path], specs: Mapping[str, TensorSpec]) -> int:
-    """Bytes of all source tensors, after checking that exactly those of `specs` are there, in shape and dtype."""
+def check_tensors(files: Mapping[str, Path], specs: Mapping[str, TensorSpec]) -> list[StoredTensor]:
+    """All source tensors in the order of the files; exactly those of `specs` must be there, in shape and dtype."""
     _check_names(files, specs)
-    num_bytes = 0
-    for path in sorted(set(files.values())):
-        with open_tensors(path) as file:
-            for name in sorted(name for name, its_path in files.items() if its_path == path):
-                part = file.get_slice(name)
-                shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                _check_tensor(path, specs[name], shape, dtype)
-                num_bytes += math.prod(shape) * (_DENSE_DTYPE_BYTES | _FP8_DTYPE_BYTES)[dtype]
-    return num_bytes
+    return [
+        _check_tensor(path, name, entry, specs[name])
+        for path in sorted(set(files.values()))
+        for name, entry in sorted(_entries(path).items(), key=lambda item: item[1]["data_offsets"][0])
+    ]
 
 
-def _check_tensor(path: Path, spec: TensorSpec, shape: tuple[int, ...], dtype: str) -> None:
+def _entries(path: Path) -> dict[str, dict[str, Any]]:
+    """A file's header: dtype, shape and data_offsets (in the file) of each tensor; safetensors has found it sound before.
+
+    8 bytes of length, a JSON object, the values (source: the format's description, huggingface.co/docs/safetensors).
+    """
+    with open_tensors(path), path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes))
+    header.pop("__metadata__", None)
+    return {
+        name: entry | {"data_offsets": [8 + header_bytes + offset for offset in entry["data_offsets"]]}
+        for name, entry in header.items()
+    }
+
+
+def _check_tensor(path: Path, name: str, entry: Mapping[str, Any], spec: TensorSpec) -> StoredTensor:
+    shape, dtype = tuple(entry["shape"]), entry["dtype"]
     if shape not in (spec.shape, *spec.other_shapes):
         expected = " or ".join(str(list(its_shape)) for its_shape in (spec.shape, *spec.other_shapes))
         raise ConfigError(
             f"{path}: tensor {spec.name} must have shape {expected} by the folder's configuration, "
             f"found {list(shape)}; configuration and weights are not of the same model"
         )
-    known = _FP8_DTYPE_BYTES if spec.scale_name else _DENSE_DTYPE_BYTES
+    known = _FP8_DTYPES if spec.scale_name else _DENSE_DTYPES
     if dtype not in known:
         remedy = (
             "the configuration says that it is quantised"
@@ -93,6 +124,7 @@ def _check_tensor(path: Path, spec: TensorSpec, shape: tuple[int, ...], dtype: s
             else "use a checkpoint of a kind that is served"
         )
         raise ConfigError(f"{path}: tensor {spec.name} must be one of {', '.join(known)}, found {dtype}; {remedy}")
+    return StoredTensor(name, path, entry["data_offsets"][0], shape, known[dtype])
 
 
 def _names(path: Path) -> list[str]:
@@ -103,7 +135,7 @@ def _names(path: Path) -> list[str]:
 def _from_index(folder: Path, index_path: Path) -> dict[str, Path]:
     index = JsonObject.read(index_path).child("weight_map")
     if index is None or not index.values:
-        raise ConfigError(f"{index_path}: weight_map is missing or empty; {_REMEDY}")
+        raise ConfigError(f"{index_path}: weight_map is missing or empty; {REMEDY}")
     files: dict[str, Path] = {}
     for name, file_name in index.values.items():
         if not isinstance(file_name, str) or Path(file_name).name != file_name:
@@ -114,10 +146,10 @@ def _from_index(folder: Path, index_path: Path) -> dict[str, Path]:
         listed = {name for name, its_path in files.items() if its_path == path}
         if absent := sorted(listed - present):
             raise ConfigError(
-                f"{path}: tensor {shown(absent[0])} is missing, though {index_path.name} says it is there; {_REMEDY}"
+                f"{path}: tensor {shown(absent[0])} is missing, though {index_path.name} says it is there; {REMEDY}"
             )
         if unlisted := sorted(present - listed):
-            raise ConfigError(f"{path}: tensor {shown(unlisted[0])} is not listed in {index_path.name}; {_REMEDY}")
+            raise ConfigError(f"{path}: tensor {shown(unlisted[0])} is not listed in {index_path.name}; {REMEDY}")
     return files
 
 
@@ -128,7 +160,7 @@ def _check_numbering(folder: Path, shards: list[Path]) -> None:
     if len(numbers) != len(shards) or len(totals) != 1 or numbers != list(range(1, max(totals) + 1)):
         raise ConfigError(
             f"{folder}: without an index the shards must be numbered 00001 to the total in their names, "
-            f"found {shown([shard.name for shard in shards])}; {_REMEDY}"
+            f"found {shown([shard.name for shard in shards])}; {REMEDY}"
         )
 
 
@@ -136,7 +168,7 @@ def _check_names(files: Mapping[str, Path], specs: Mapping[str, TensorSpec]) -> 
     if missing := sorted(specs.keys() - files.keys()):
         raise ConfigError(
             f"{next(iter(files.values())).parent if files else 'checkpoint'}: {len(missing)} tensors are missing, "
-            f"the first is {missing[0]}; {_REMEDY}, or correct the number of layers in its configuration"
+            f"the first is {missing[0]}; {REMEDY}, or correct the number of layers in its configuration"
         )
     if extra := sorted(files.keys() - specs.keys()):
         raise ConfigError(

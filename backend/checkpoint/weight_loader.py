@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,15 +14,17 @@ from backend.checkpoint import fp8
 from backend.checkpoint.layouts import TensorSpec, tensor_specs
 from backend.checkpoint.matrix import Matrix, WeightFormat
 from backend.checkpoint.model_config import ModelConfig
+from backend.checkpoint.piece_reader import Piece, read_pieces
 from backend.checkpoint.quantization import BLOCK_SIZE
-from backend.checkpoint.tensor_files import check_tensors, find_tensors, open_tensors
+from backend.checkpoint.tensor_files import StoredTensor, check_tensors, find_tensors, open_tensors
 from backend.checkpoint.weights import Weights, allocate_weights
 from backend.errors import ConfigError
 
+log = logging.getLogger("nemo.engine")
 Progress = Callable[[int, int], None]
-"""Called with (bytes_done, bytes_total) of the source files after each tensor."""
-_PIECE_ELEMENTS = 2**23
-"""Elements that are converted at once, in FP32: the loader's memory above source and target."""
+"""Called with (bytes_done, bytes_total) of the source files after each piece of a tensor."""
+_TIED_HEAD_ROWS = 1024
+"""Rows of the embedding that become an FP8 head at once."""
 
 
 def load_weights(
@@ -30,45 +35,55 @@ def load_weights(
     weight_format: WeightFormat,
     progress: Progress | None = None,
 ) -> Weights:
-    """Check every file and header first, then copy tensor by tensor to `device`, converting to `weight_format`.
+    """Check every file and header first, then copy piece by piece to `device`, converting to `weight_format` there.
 
-    Host memory holds at most one source tensor (mapped from the file), all scales, and a piece under conversion above
-    the final copy. Dense values become FP8 with one scale for each row. FP8 values stay as they are, but those with block
-    scales get one for each row, which rounds them once more. ConfigError names file, tensor, what is expected and found.
+    Host memory above the final copy: the staging buffers of `piece_reader`, and all scales. Dense values become FP8 with one
+    scale for each row. FP8 values stay as they are, but those with block scales get one for each row, which rounds them once
+    more. ConfigError names file, tensor, what is expected and found.
     """
+    started_s = time.monotonic()
     files = find_tensors(folder, config.layout)
     specs = tensor_specs(config, files)
-    bytes_total = check_tensors(files, specs)
+    tensors = check_tensors(files, specs)
+    bytes_total = sum(tensor.num_bytes for tensor in tensors)
     weights = allocate_weights(config, device, weight_format)
-    scales = _read_scales(files, specs)
+    scales = _read_scales(tensors, specs)
     _place_scales(scales, specs, weights)
-    bytes_done = 0
-    for path, names in _by_file(files):
-        with open_tensors(path) as file:
-            for name in names:
-                source, spec = file.get_tensor(name), specs[name]
-                if spec.kind == "values":
-                    _place_values(source, spec, scales.get(spec.scale_name), weights)
-                bytes_done += source.numel() * source.itemsize
-                del source  # before the next one is read
-                if progress is not None:
-                    progress(bytes_done, bytes_total)
+    values = [(tensor, _rows_together(specs[tensor.name])) for tensor in tensors if specs[tensor.name].kind == "values"]
+    bytes_done = bytes_total - sum(tensor.num_bytes for tensor, _ in values)
+    for piece in read_pieces(values, device):
+        spec = specs[piece.tensor.name]
+        _place_values(piece, spec, scales.get(spec.scale_name), weights)
+        bytes_done += piece.rows.numel() * piece.rows.itemsize
+        if progress is not None:
+            progress(bytes_done, bytes_total)
     if weights.head.scales is not None and config.tie_word_embeddings:
-        _convert(weights.embedding, None, weights.head, 0)
+        for first_row in range(0, config.vocab_size, _TIED_HEAD_ROWS):
+            _convert(weights.embedding[first_row : first_row + _TIED_HEAD_ROWS], None, weights.head, first_row)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.monotonic() - started_s
+    log.info("weights: %.2f GB in %.1f s, %.2f GB/s", bytes_total / 1e9, seconds, bytes_total / 1e9 / seconds)
     return weights
 
 
-def _by_file(files: Mapping[str, Path]) -> Iterator[tuple[Path, list[str]]]:
-    for path in sorted(set(files.values())):
-        yield path, sorted(name for name, its_path in files.items() if its_path == path)
+def _rows_together(spec: TensorSpec) -> int:
+    """The rows of a head that are to be reordered, and the rows of a block of scales, are never cut."""
+    if not spec.num_interleaved_heads:
+        return BLOCK_SIZE
+    return math.lcm(BLOCK_SIZE, spec.shape[0] // spec.num_interleaved_heads)
 
 
-def _read_scales(files: Mapping[str, Path], specs: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
+def _read_scales(tensors: Iterable[StoredTensor], specs: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
     """All scales, in FP32: they may lie in other shards than their values."""
+    names: dict[Path, list[str]] = {}
+    for tensor in tensors:
+        if specs[tensor.name].kind != "values":
+            names.setdefault(tensor.path, []).append(tensor.name)
     scales: dict[str, torch.Tensor] = {}
-    for path, names in _by_file({name: path for name, path in files.items() if specs[name].kind != "values"}):
+    for path, its_names in names.items():
         with open_tensors(path) as file:
-            for name in names:
+            for name in its_names:
                 scale = file.get_tensor(name).float()
                 if not bool(((scale > 0) & scale.isfinite()).all()):
                     bad = scale[~((scale > 0) & scale.isfinite())][0].item()
@@ -97,48 +112,52 @@ def _place_scales(scales: Mapping[str, torch.Tensor], specs: Mapping[str, Tensor
             torch.maximum(target.input_scale, scale.to(target.input_scale.device), out=target.input_scale)
 
 
-def _place_values(source: torch.Tensor, spec: TensorSpec, scale: torch.Tensor | None, weights: Weights) -> None:
+def _place_values(piece: Piece, spec: TensorSpec, scale: torch.Tensor | None, weights: Weights) -> None:
     target = _target(weights, spec)
+    source, first_row = piece.rows, spec.first_row + piece.first_row
     if spec.num_interleaved_heads:
-        source = _split_pairs(source, spec.num_interleaved_heads)
+        source = _split_pairs(source, spec.shape[0] // spec.num_interleaved_heads)
+    if scale is not None:
+        scale = (
+            scale[piece.first_row : piece.first_row + len(source)] if scale.dim() == 1 else _block_scales(scale, piece)
+        )
     if isinstance(target, torch.Tensor):
-        target.copy_(source)
+        target[first_row : first_row + len(source)] = source
     elif target.scales is not None and scale is not None and scale.dim() == 1:
-        rows = slice(spec.first_row, spec.first_row + len(source))
+        rows = slice(first_row, first_row + len(source))
         target.values[rows] = source.to(target.values.dtype)
         target.scales[rows] = scale.to(target.scales.device)
     else:
-        _convert(source, scale, target, spec.first_row)
+        _convert(source, scale, target, first_row)
 
 
 def _convert(source: torch.Tensor, scale: torch.Tensor | None, target: Matrix, first_row: int) -> None:
-    """Real values of source [N, K] into rows of target, piece by piece; quantised there when the target is FP8."""
-    num_rows = max(1, _PIECE_ELEMENTS // source.shape[1] // BLOCK_SIZE) * BLOCK_SIZE
-    for first in range(0, len(source), num_rows):
-        piece = source[first : first + num_rows].to(target.values.device)
-        rows = slice(first_row + first, first_row + first + len(piece))
-        if scale is not None:
-            piece = piece.float() * _scales_of(scale, first, piece).to(piece.device)
-        if target.scales is None:
-            target.values[rows] = piece.to(target.values.dtype)
-        else:
-            row_scales = fp8.row_scales(piece)
-            target.scales[rows] = row_scales
-            target.values[rows] = fp8.quantise(piece.float(), row_scales).to(target.values.dtype)
+    """Real values of source [rows, columns] into rows of target; quantised there when the target is FP8.
+
+    scale: None, one for each row, or one for each value.
+    """
+    rows = slice(first_row, first_row + len(source))
+    if scale is not None:
+        source = source.float() * (scale if scale.dim() == 2 else scale.unsqueeze(1)).to(source.device)
+    if target.scales is None:
+        target.values[rows] = source.to(target.values.dtype)
+    else:
+        row_scales = fp8.row_scales(source)
+        target.scales[rows] = row_scales
+        target.values[rows] = fp8.quantise(source.float(), row_scales).to(target.values.dtype)
 
 
-def _scales_of(scale: torch.Tensor, first_row: int, piece: torch.Tensor) -> torch.Tensor:
-    """The scales of rows `first_row` and following, broadcastable to piece [rows, columns]; `first_row` begins a block."""
-    if scale.dim() == 1:
-        return scale[first_row : first_row + len(piece)].unsqueeze(1)
-    blocks = scale[first_row // BLOCK_SIZE : -(-(first_row + len(piece)) // BLOCK_SIZE)]
-    rows = blocks.repeat_interleave(BLOCK_SIZE, dim=0)[: len(piece)]
-    return rows.repeat_interleave(BLOCK_SIZE, dim=1)[:, : piece.shape[1]]
+def _block_scales(scale: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """The scale of every value of a piece; it begins with a block."""
+    num_rows, num_columns = piece.rows.shape
+    blocks = scale[piece.first_row // BLOCK_SIZE : -(-(piece.first_row + num_rows) // BLOCK_SIZE)].to(piece.rows.device)
+    rows = blocks.repeat_interleave(BLOCK_SIZE, dim=0)[:num_rows]
+    return rows.repeat_interleave(BLOCK_SIZE, dim=1)[:, :num_columns]
 
 
-def _split_pairs(source: torch.Tensor, num_heads: int) -> torch.Tensor:
+def _split_pairs(source: torch.Tensor, head_rows: int) -> torch.Tensor:
     """Row 2 * pair + side of each head becomes row side * num_pairs + pair."""
-    num_pairs = len(source) // num_heads // 2
+    num_heads, num_pairs = len(source) // head_rows, head_rows // 2
     return source.view(num_heads, num_pairs, 2, -1).transpose(1, 2).reshape(source.shape)
 
 

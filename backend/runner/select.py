@@ -92,7 +92,7 @@ def _cuda(settings: Settings, config: ModelConfig, progress: Progress) -> Served
     plan = _plan_for(placement, config, settings, needed_bytes)
     num_host_pages = _num_host_pages(settings, plan)
     max_model_len, why = _served_length(config, settings, plan.num_pages)
-    runner = CudaRunner(
+    runner = CudaRunner.load(
         Path(settings.checkpoint),
         device,
         num_pages=plan.num_pages,

@@ -14,7 +14,7 @@ import torch
 
 from kernels.arguments import TENSOR_MAP_BYTES, Access, Argument, ArgumentArray, Buffer, Scalar, TensorMap
 from kernels.errors import LaunchError
-from kernels.launch import Launch, RecordedGraph
+from kernels.launch import Launch, Mark, PassedMark, RecordedGraph
 from kernels.program import Program
 from kernels.tensor_map import check_tensor_map
 from tests.emulator.build import Mutant, build, library
@@ -187,6 +187,10 @@ class EmulatedDevice:
 
     def synchronize(self) -> None:
         """Nothing is ever under way."""
+
+    def mark(self) -> Mark:
+        """Nothing is ever under way."""
+        return PassedMark()
 
     def capture(self, record: Callable[[], None]) -> RecordedGraph:
         """A graph that replays the launches made by `record`."""

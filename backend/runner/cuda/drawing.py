@@ -19,15 +19,21 @@ from kernels.sample import make_workspace, sample
 
 
 class Drawn:
-    """What was drawn for the rows of a step, on the device until `token_ids` is asked for."""
+    """What was drawn for the rows of a step, on its way to the host: to be read when `mark` has been waited for."""
 
     def __init__(
-        self, token_ids: torch.Tensor, is_finite: torch.Tensor, scores: list[TokenScores], places: Sequence[int]
+        self,
+        token_ids: torch.Tensor,
+        is_finite: torch.Tensor,
+        scores: list[TokenScores],
+        places: Sequence[int],
+        device: Device,
     ) -> None:
-        self._token_ids = token_ids
-        self._is_finite = is_finite
+        self._token_ids = to_host(token_ids)
+        self._is_finite = to_host(is_finite)
         self._scores = scores
         self._places = places
+        self.mark = device.mark()
 
     def broken_rows(self) -> list[int]:
         """Rows whose logits are not all finite."""
@@ -48,31 +54,41 @@ class Drawn:
         return tuple(found)
 
 
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Starts a copy into pinned memory, which is whole when a mark made afterwards has been waited for."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
 class TokenScores:
-    """Log-probabilities of n ids, each with its `num_tops` most likely alternatives, on the device."""
+    """Log-probabilities of n ids, each with its `num_tops` most likely alternatives, on their way to the host as in Drawn."""
 
     def __init__(self, device: Device, logits: torch.Tensor, ids: torch.Tensor, num_tops: Sequence[int]) -> None:
         """Measure logits [n, V] FP32 at ids [n] INT32."""
         num_rows, place = len(logits), logits.device
         most = max(num_tops)
         self._num_tops = num_tops
-        self._log_probs = torch.empty(num_rows, device=place)
-        self._ranks = torch.empty(num_rows, dtype=torch.int32, device=place)
-        self._top_ids = torch.empty(num_rows, most, dtype=torch.int32, device=place) if most else None
-        self._top_log_probs = torch.empty(num_rows, most, device=place) if most else None
+        chosen = torch.empty(num_rows, device=place)
+        ranks = torch.empty(num_rows, dtype=torch.int32, device=place)
+        top_ids = torch.empty(num_rows, most, dtype=torch.int32, device=place) if most else None
+        top_log_probs = torch.empty(num_rows, most, device=place) if most else None
         log_probs(
             device,
             logits=logits,
             ids=ids,
-            chosen_log_probs=self._log_probs,
-            ranks=self._ranks,
-            top_ids=self._top_ids,
-            top_log_probs=self._top_log_probs,
+            chosen_log_probs=chosen,
+            ranks=ranks,
+            top_ids=top_ids,
+            top_log_probs=top_log_probs,
             num_rows=torch.tensor([num_rows], dtype=torch.int32, device=place),
         )
+        self._log_probs, self._ranks = to_host(chosen), to_host(ranks)
+        self._top_ids = None if top_ids is None else to_host(top_ids)
+        self._top_log_probs = None if top_log_probs is None else to_host(top_log_probs)
 
     def for_plan(self) -> list[TokenLogProbs]:
-        """On the host."""
+        """As the engine takes them."""
         no_tops: list[list[int]] = [[]] * len(self._num_tops)
         top_ids = no_tops if self._top_ids is None else self._top_ids.tolist()
         top_log_probs = no_tops if self._top_log_probs is None else self._top_log_probs.tolist()
@@ -122,7 +138,7 @@ class Drawer:
         token_ids = torch.empty(num_rows, dtype=torch.int32, device=place)
         is_finite = torch.empty(num_rows, dtype=torch.int32, device=place)
         if num_rows == 0:
-            return Drawn(token_ids, is_finite, [], ())
+            return Drawn(token_ids, is_finite, [], (), self._device)
         slots = [row.slot for row in plan_rows]
         masked = [slot for slot in slots if slot in masks]
         mask_words = [masks[slot] for slot in masked] or [np.zeros(-(-self._vocab_size // 32), dtype=np.int32)]
@@ -146,7 +162,7 @@ class Drawer:
         if asking:
             its_rows = torch.tensor(asking, device=place)
             scores = [TokenScores(self._device, logits[its_rows], token_ids[its_rows], num_tops[asking].tolist())]
-        return Drawn(token_ids, is_finite, scores, asking)
+        return Drawn(token_ids, is_finite, scores, asking, self._device)
 
     def _compute(self, rows: LinearInput, first: int, logits: torch.Tensor, target_row: int | None = None) -> None:
         piece = rows.part(first, MAX_BLOCK_TOKENS)

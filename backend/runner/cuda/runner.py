@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+from backend.checkpoint.matrix import WeightFormat
 from backend.checkpoint.model_config import ModelConfig, read_model_config
 from backend.checkpoint.weight_loader import Progress, load_weights
+from backend.checkpoint.weights import Weights
 from backend.engine.plan import PAGE_TOKENS, PlanRow, StepPlan, StepResult, TokenLogProbs
 from backend.errors import ConfigError, EngineFailure
 from backend.runner.cuda.activations import LinearInput
@@ -60,9 +62,12 @@ class CudaStep:
             self._drawn = self._runner.draw(self._rows, masks)
 
     def result(self) -> StepResult:
-        """Ids and log-probabilities. EngineFailure names the slots whose logits were NaN or infinite."""
+        """Wait for this step, not for one launched since; ids and log-probabilities.
+
+        EngineFailure names the slots whose logits were NaN or infinite. LaunchError when a kernel failed.
+        """
         assert self._drawn is not None, "a step is drawn before its result is asked for"
-        self._runner.synchronize()
+        self._drawn.mark.wait()
         if broken := self._drawn.broken_rows():
             sampled = [row for row in self._rows if row.is_sampled]
             _refuse([sampled[place].slot for place in broken], "in slot")
@@ -92,46 +97,66 @@ class CudaRunner:
 
     def __init__(
         self,
-        folder: Path,
+        config: ModelConfig,
+        weights: Weights,
         device: Device,
         *,
+        weight_format: WeightFormat,
+        kv_dtype: torch.dtype,
         num_pages: int,
         num_host_pages: int = 0,
         max_num_seqs: int,
         max_model_len: int,
+    ) -> None:
+        """Allocate everything that will ever be needed beside `weights`, which are in `weight_format` on the device."""
+        self.num_pages = num_pages
+        self.num_host_pages = num_host_pages
+        self.max_num_seqs = max_num_seqs
+        self.config = config
+        self._device = device
+        self._format = weight_format
+        self._kv_dtype = kv_dtype
+        place = device.torch_device
+        with torch.inference_mode():
+            scales = [(layer.kv_scales[0].item(), layer.kv_scales[1].item()) for layer in weights.layers]
+            self.kv = KvPages(config, num_pages, device=place, dtype=kv_dtype, scales=scales)
+            self._host_pages = HostPages(config, num_host_pages, self.kv)
+            self._state = SlotState(max_num_seqs, config.vocab_size, place)
+            self._transformer = CudaTransformer(
+                device, config, weights, self.kv, self._state.last_ids, max_model_len=max_model_len
+            )
+            self._drawer = Drawer(device, self._transformer, self._state, max_num_seqs, config.vocab_size)
+        self._prompts: list[tuple[int, ...]] = [()] * max_num_seqs
+        self._last_step: CudaStep | None = None
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        device: Device,
+        *,
         weight_dtype: str = "auto",
         kv_dtype: str = "auto",
         head_dtype: str = "auto",
         progress: Progress | None = None,
-    ) -> None:
-        """Read the checkpoint and allocate everything; ConfigError when the kernels do not serve its sizes or a dtype."""
-        self.num_pages = num_pages
-        self.num_host_pages = num_host_pages
-        self.max_num_seqs = max_num_seqs
-        self.config: ModelConfig = read_model_config(folder)
-        _check_sizes(self.config)
-        self._device = device
-        self._format, kv = choose_dtypes(
-            torch.bfloat16, torch.float8_e4m3fn, weight_dtype, kv_dtype, head_dtype, self.config.quantization
+        **limits: int,
+    ) -> CudaRunner:
+        """Of a checkpoint; ConfigError when it cannot be read, or the kernels do not serve its sizes or a dtype.
+
+        `limits`: num_pages, num_host_pages, max_num_seqs, max_model_len.
+        """
+        config = read_model_config(folder)
+        _check_sizes(config)
+        kept, kv = choose_dtypes(
+            torch.bfloat16, torch.float8_e4m3fn, weight_dtype, kv_dtype, head_dtype, config.quantization
         )
-        self._kv_dtype = kv
-        if self._format.dense != torch.bfloat16 or kv == torch.float32:
+        if kept.dense != torch.bfloat16 or kv == torch.float32:
             raise ConfigError(
                 f"runner cuda: weight_dtype and kv_dtype must be bf16 or fp8, got {weight_dtype}, {kv_dtype}"
             )
-        place = device.torch_device
         with torch.inference_mode():
-            weights = load_weights(folder, self.config, device=place, weight_format=self._format, progress=progress)
-            scales = [(layer.kv_scales[0].item(), layer.kv_scales[1].item()) for layer in weights.layers]
-            pages = KvPages(self.config, num_pages, device=place, dtype=kv, scales=scales)
-            self._host_pages = HostPages(self.config, num_host_pages, pages)
-            self._state = SlotState(max_num_seqs, self.config.vocab_size, place)
-            self._transformer = CudaTransformer(
-                device, self.config, weights, pages, self._state.last_ids, max_model_len=max_model_len
-            )
-            self._drawer = Drawer(device, self._transformer, self._state, max_num_seqs, self.config.vocab_size)
-        self._prompts: list[tuple[int, ...]] = [()] * max_num_seqs
-        self._last_step: CudaStep | None = None
+            weights = load_weights(folder, config, device=device.torch_device, weight_format=kept, progress=progress)
+        return cls(config, weights, device, weight_format=kept, kv_dtype=kv, **limits)
 
     def launch(self, plan: StepPlan) -> CudaStep:
         """Copy pages and run the forward pass of all tokens; the step before must have been drawn."""
@@ -157,10 +182,6 @@ class CudaRunner:
         """Draw for the rows of the step that was launched last."""
         return self._drawer.draw([row for row in rows if row.is_sampled], masks)
 
-    def synchronize(self) -> None:
-        """Wait for everything launched; EngineFailure with the device's own words."""
-        self._device.synchronize()
-
     def describe(self) -> dict[str, str]:
         """What runs here: runner, device, dtypes, and that results are batch-invariant."""
         return {
@@ -172,7 +193,7 @@ class CudaRunner:
 
     def close(self) -> None:
         """Free weights, pages and sampler state; the runner cannot be used afterwards."""
-        del self._transformer, self._drawer, self._host_pages, self._state, self._last_step
+        del self._transformer, self._drawer, self._host_pages, self._state, self._last_step, self.kv
 
     def _score(self, plan: StepPlan, scored: tuple[range, ...], hidden: LinearInput) -> tuple[list[TokenScores], ...]:
         asking = [row for row in plan.rows if row.num_prompt_logprobs is not None]

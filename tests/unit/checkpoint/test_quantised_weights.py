@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from backend.checkpoint import fp8, weight_loader
+from backend.checkpoint import fp8, piece_reader
 from backend.checkpoint.matrix import Matrix, WeightFormat
 from backend.checkpoint.model_config import read_model_config
 from backend.checkpoint.weight_loader import load_weights
@@ -56,7 +56,11 @@ def assert_within_one_rounding(matrix: Matrix, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("num_shards", [1, 3])
 @pytest.mark.parametrize("name", SCHEMES)
-def test_a_checkpoint_that_is_fp8_already(tmp_path: Path, name: str, num_shards: int) -> None:
+def test_a_checkpoint_that_is_fp8_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, num_shards: int
+) -> None:
+    if num_shards > 1:
+        monkeypatch.setattr(piece_reader, "PIECE_BYTES", 1)
     scheme = SCHEMES[name]
     make_checkpoint(tmp_path / "source", dtype=torch.bfloat16, **SIZES)
     source = quantise_checkpoint(tmp_path / "source", tmp_path / "fp8", scheme, num_shards=num_shards)
@@ -91,11 +95,11 @@ def test_an_fp8_checkpoint_with_its_quantisation_undone(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("layout", ["hf", "consolidated"])
-@pytest.mark.parametrize("piece_elements", [2**23, 1], ids=["whole", "pieces"])
+@pytest.mark.parametrize("piece_bytes", [2**24, 1], ids=["whole", "pieces"])
 def test_quantised_while_loading(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Any, piece_elements: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Any, piece_bytes: int
 ) -> None:
-    monkeypatch.setattr(weight_loader, "_PIECE_ELEMENTS", piece_elements)
+    monkeypatch.setattr(piece_reader, "PIECE_BYTES", piece_bytes)
     make_checkpoint(tmp_path, layout=layout, dtype=torch.bfloat16, **SIZES)
     source = {name: tensor.bfloat16() for name, tensor in random_tensors(TinyConfig(**SIZES), 0).items()}
     weights = load(tmp_path)

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from backend.checkpoint import weight_loader
 from backend.checkpoint.matrix import WeightFormat
 from backend.checkpoint.model_config import read_model_config
-from backend.checkpoint.tensor_files import open_tensors
 from backend.checkpoint.weight_loader import load_weights
 from backend.checkpoint.weights import Weights, weight_bytes
 from backend.errors import ConfigError
@@ -120,29 +115,6 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     assert {its_total for _, its_total in seen} == {total}
     assert seen[-1] == (total, total)
-
-
-def test_one_source_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_checkpoint(tmp_path)
-    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
-
-    class Watched:
-        def __init__(self, file: Any) -> None:
-            self.file = file
-
-        def get_tensor(self, name: str) -> torch.Tensor:
-            assert len(alive) == 0, "the tensor before is still held"
-            tensor: torch.Tensor = self.file.get_tensor(name)
-            alive.add(tensor)
-            return tensor
-
-    @contextmanager
-    def watched(path: Path) -> Iterator[Watched]:
-        with open_tensors(path) as file:
-            yield Watched(file)
-
-    monkeypatch.setattr(weight_loader, "open_tensors", watched)
-    load(tmp_path)
 
 
 def test_missing_and_extra_tensors(tmp_path: Path) -> None:

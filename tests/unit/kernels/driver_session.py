@@ -54,6 +54,8 @@ def message(call: Any) -> str:
 def main(cache_folder: Path) -> None:
     bound_in: list[str] = []
     graph = FakeGraph()
+    event = mock.Mock()
+    event.synchronize.side_effect = [None, RuntimeError("CUDA error: an illegal memory access")]
     torch_cuda = {
         "is_available": mock.Mock(return_value=True),
         "current_device": mock.Mock(return_value=1),
@@ -65,6 +67,7 @@ def main(cache_folder: Path) -> None:
         "Stream": mock.MagicMock(),
         "stream": mock.MagicMock(),
         "CUDAGraph": mock.Mock(return_value=graph),
+        "Event": mock.Mock(return_value=event),
         "synchronize": mock.Mock(side_effect=RuntimeError("CUDA error: an illegal memory access")),
     }
     with mock.patch.multiple(torch.cuda, **torch_cuda):
@@ -82,7 +85,11 @@ def main(cache_folder: Path) -> None:
             device.launch(make_launch("other"))
 
         device.capture(record).replay()
+        marks = device.mark(), device.mark()
         found: dict[str, Any] = {
+            "mark_passed": message(marks[0].wait),
+            "mark_failed": message(marks[1].wait),
+            "num_recorded": event.record.call_count,
             "address": first.arguments[0].tensor.data_ptr(),  # type: ignore[union-attr]
             "num_sms": device.num_sms,
             "torch_device": str(device.torch_device),

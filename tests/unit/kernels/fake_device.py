@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from kernels.launch import Graph, Launch, RecordedGraph
+from kernels.launch import Graph, Launch, Mark, PassedMark, RecordedGraph
 
 
 class FakeDevice:
@@ -20,6 +20,9 @@ class FakeDevice:
 
     def synchronize(self) -> None:
         pass
+
+    def mark(self) -> Mark:
+        return PassedMark()
 
     def capture(self, record: Callable[[], None]) -> Graph:
         before, self.launches = self.launches, []

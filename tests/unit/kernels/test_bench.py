@@ -22,19 +22,26 @@ def test_samples_become_rates_and_a_share_of_the_ceiling() -> None:
 
 
 def test_nothing_is_timed_that_has_not_passed_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed: list[str] = []
+    checked: list[str] = []
+    timed: list[int] = []
 
     def check(op: Op, case: Case, device: object) -> None:
-        if op.name == "rmsnorm" and case.name == "NeMo prefill":
-            raise CheckError("rmsnorm, NeMo prefill: wrong")
+        checked.append(case.name)
+        if op.name == "rmsnorm":
+            raise CheckError("rmsnorm, NeMo decode: wrong")
 
-    def time(op: Op, case: Case, *_: object, bytes_per_us: float | None) -> object:
-        timed.append(case.name)
-        return summarise(op, case, [1.0] * 20, bytes_per_us)
+    class FakeClock:
+        def __init__(self, device: object) -> None:
+            pass
+
+        def samples_us(self, runs: dict[str, object]) -> dict[str, list[float]]:
+            timed.append(len(runs))
+            return {name: [1.0] * 20 for name in runs}
 
     monkeypatch.setattr("kernels.bench.check_case", check)
-    monkeypatch.setattr("kernels.bench.time_case", time)
-    monkeypatch.setattr("kernels.bench._flusher", lambda _: None)
-    with pytest.raises(CheckError, match="rmsnorm, NeMo prefill: wrong"):
+    monkeypatch.setattr("kernels.bench.GpuClock", FakeClock)
+    monkeypatch.setattr("kernels.bench.inputs_on", lambda *_: {})
+    monkeypatch.setattr("kernels.bench.captured", lambda *_: None)
+    with pytest.raises(CheckError, match="rmsnorm, NeMo decode: wrong"):
         bench(select_ops("rmsnorm"), object(), lambda _: None)  # type: ignore[arg-type]
-    assert timed == ["1 GiB", "NeMo decode"]
+    assert (checked, timed) == (["1 GiB", "NeMo decode"], [1])

@@ -125,5 +125,7 @@ def test_failures_say_what_happened_and_what_was_launched(session: Any) -> None:
     assert found["synchronize"].startswith(
         "a kernel failed: CUDA error: an illegal memory access\nlast 7 of 7 launches"
     )
+    assert (found["num_recorded"], found["mark_passed"]) == (2, "no error")
+    assert found["mark_failed"].startswith("a kernel failed: CUDA error: an illegal memory access\nlast ")
     assert found["other_gpu"] == "the kernels are for compute capability (9, 0) (Hopper), a GPU has (8, 0)"
     assert found["no_gpu"] == "no GPU: torch sees none on this machine"

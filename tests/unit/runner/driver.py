@@ -1,21 +1,25 @@
-"""Drives a TorchRunner through any sequence of steps and keeps the logits that each sampled id came from."""
+"""Drives a runner through any sequence of steps and keeps the logits that each sampled id came from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
 from backend.engine.plan import PAGE_TOKENS, PageCopy, PlanRow, SlotStart, StepPlan, TokenLogProbs
 from backend.engine.request import SamplingParams
+from backend.runner.cuda.drawing import Drawn
+from backend.runner.cuda.runner import CudaRunner
 from backend.runner.model_runner import Mask
 from backend.runner.sampler import Draw, Sampler
 from backend.runner.torch_runner import TorchRunner
 from backend.runner.work_items import IntArray
 
 GREEDY = SamplingParams()
+Runner = TypeVar("Runner", TorchRunner, CudaRunner)
 
 
 @dataclass(eq=False)
@@ -79,13 +83,19 @@ class Script:
         return -(-(len(self.prompt) + self.num_outputs) // PAGE_TOKENS)
 
 
-class Driver:
-    """Runs Scripts on a runner; `keep` taps the sampler for the logits."""
+class Driver(Generic[Runner]):
+    """Runs Scripts on a runner, whose draw is tapped for the logits."""
 
-    def __init__(self, runner: TorchRunner) -> None:
-        self.runner = runner
+    def __init__(self, runner: Runner) -> None:
+        self.runner: Runner = runner
         self._kept: list[torch.Tensor] = []
         self._step = 0
+        if isinstance(runner, TorchRunner):
+            self._tap_sampler(runner)
+        else:
+            self._tap_drawer(runner)
+
+    def _tap_sampler(self, runner: TorchRunner) -> None:
         sample = runner._sampler.sample
 
         def keep(
@@ -99,6 +109,15 @@ class Driver:
 
         runner._sampler.sample = keep  # type: ignore[method-assign]
         assert isinstance(runner._sampler, Sampler)
+
+    def _tap_drawer(self, runner: CudaRunner) -> None:
+        draw = runner._drawer.draw
+
+        def keep(rows: Sequence[PlanRow], masks: Mapping[int, Mask]) -> Drawn:
+            self._kept = list(runner._drawer._logits[: len(rows)].clone())
+            return draw(rows, masks)
+
+        runner._drawer.draw = keep  # type: ignore[method-assign, assignment]
 
     def run(
         self,

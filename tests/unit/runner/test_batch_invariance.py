@@ -32,7 +32,7 @@ PARAMS = (
 
 
 @pytest.fixture(scope="module", params=[("fp32", 2), ("bf16", 1), ("fp8", 1)], ids=str)
-def driver(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Driver]:
+def driver(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Driver[TorchRunner]]:
     folder = make_checkpoint(tmp_path_factory.mktemp("tiny"), num_heads=8, num_kv_heads=2)
     weight_dtype, num_threads = request.param
     num_threads_before = torch.get_num_threads()
@@ -92,7 +92,7 @@ def assert_equal(actual: Script, expected: Script) -> None:
 
 @settings(max_examples=10)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_any_mix_gives_the_same_bits_as_alone(driver: Driver, seed: int) -> None:
+def test_any_mix_gives_the_same_bits_as_alone(driver: Driver[TorchRunner], seed: int) -> None:
     scripts, choose = random_mix(np.random.default_rng(seed))
     driver.run(scripts, choose)
     for script in scripts:
@@ -101,7 +101,7 @@ def test_any_mix_gives_the_same_bits_as_alone(driver: Driver, seed: int) -> None
 
 @settings(max_examples=10)
 @given(seed=st.integers(0, 2**32 - 1), length=st.integers(2, 200))
-def test_any_chunking_gives_the_same_bits(driver: Driver, seed: int, length: int) -> None:
+def test_any_chunking_gives_the_same_bits(driver: Driver[TorchRunner], seed: int, length: int) -> None:
     generator = np.random.default_rng(seed)
     prompt = random_prompt(generator, length)
     pages = tuple(generator.permutation(NUM_PAGES)[:4].tolist())
@@ -114,7 +114,9 @@ def test_any_chunking_gives_the_same_bits(driver: Driver, seed: int, length: int
         assert_equal(script, whole)
 
 
-def test_how_much_attention_is_held_at_once_does_not_matter(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_much_attention_is_held_at_once_does_not_matter(
+    driver: Driver[TorchRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
     scripts, choose = random_mix(np.random.default_rng(5))
     driver.run(scripts, choose)
     monkeypatch.setattr(driver.runner, "_item_sizes", ItemSizes(per_call=16, per_group=3))
@@ -122,7 +124,7 @@ def test_how_much_attention_is_held_at_once_does_not_matter(driver: Driver, monk
         assert_equal(script, driver.alone(script))
 
 
-def test_a_step_may_be_launched_before_the_result_of_the_one_before(driver: Driver) -> None:
+def test_a_step_may_be_launched_before_the_result_of_the_one_before(driver: Driver[TorchRunner]) -> None:
     prompt = random_prompt(np.random.default_rng(6), 10)
     expected = driver.alone(Script(prompt, num_outputs=3)).token_ids
     runner = driver.runner
@@ -137,7 +139,7 @@ def test_a_step_may_be_launched_before_the_result_of_the_one_before(driver: Driv
     assert [token_id for step in steps for token_id in step.result().token_ids] == expected
 
 
-def test_a_step_that_samples_nothing(driver: Driver) -> None:
+def test_a_step_that_samples_nothing(driver: Driver[TorchRunner]) -> None:
     prompt = random_prompt(np.random.default_rng(7), 10)
     row = PlanRow(0, 0, 5, prompt[:5], (0,), False, SlotStart(GREEDY, prompt))
     step = driver.runner.launch(StepPlan(0, (row,)))

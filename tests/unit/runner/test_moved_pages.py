@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def driver(folder: Path) -> Iterator[Driver]:
+def driver(folder: Path) -> Iterator[Driver[TorchRunner]]:
     runner = TorchRunner(
         folder,
         num_pages=NUM_PAGES,
@@ -78,7 +78,7 @@ class Swapper:
 
 @settings(max_examples=10)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_sequences_that_are_moved_give_the_same_bits(driver: Driver, seed: int) -> None:
+def test_sequences_that_are_moved_give_the_same_bits(driver: Driver[TorchRunner], seed: int) -> None:
     generator = np.random.default_rng(seed)
     swapper = Swapper(generator)
     scripts = [
@@ -137,7 +137,7 @@ def test_host_pages_that_are_not_used_take_no_memory(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("num_cached", [64, 128])
-def test_a_prefix_that_another_slot_wrote(driver: Driver, num_cached: int) -> None:
+def test_a_prefix_that_another_slot_wrote(driver: Driver[TorchRunner], num_cached: int) -> None:
     generator = np.random.default_rng(num_cached)
     prefix = random_prompt(generator, num_cached)
     writer = Script((*prefix, *random_prompt(generator, 9)), slot=4, pages=(3, 8, 5), num_outputs=3)
@@ -178,7 +178,9 @@ def run_step(runner: TorchRunner, row: PlanRow, masks: dict[int, Mask], others: 
 
 
 @pytest.mark.parametrize("forced", [(7,), (301, 7), tuple(range(200, 270))])
-def test_forced_ids_are_as_if_each_was_drawn_under_a_mask_of_one_id(driver: Driver, forced: tuple[int, ...]) -> None:
+def test_forced_ids_are_as_if_each_was_drawn_under_a_mask_of_one_id(
+    driver: Driver[TorchRunner], forced: tuple[int, ...]
+) -> None:
     runner, vocab_size = driver.runner, driver.runner.config.vocab_size
     prompt = random_prompt(np.random.default_rng(1), 30)
     start = SlotStart(FORCED_PARAMS, prompt, len(forced) + 8, (2, 9), 2)

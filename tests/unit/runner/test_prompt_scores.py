@@ -27,18 +27,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def driver(folder: Path) -> Iterator[Driver]:
+def driver(folder: Path) -> Iterator[Driver[TorchRunner]]:
     runner = TorchRunner(folder, num_pages=16, max_num_seqs=4, max_model_len=512, num_threads=1)
     yield Driver(runner)
     runner.close()
 
 
-def scored(driver: Driver, prompt: tuple[int, ...] = PROMPT, num_prompt_logprobs: int = 3) -> Script:
+def scored(driver: Driver[TorchRunner], prompt: tuple[int, ...] = PROMPT, num_prompt_logprobs: int = 3) -> Script:
     """A prompt that is scored and goes no further."""
     return driver.alone(Script(prompt, num_outputs=0, num_prompt_logprobs=num_prompt_logprobs))
 
 
-def test_prompt_and_output_against_transformers(folder: Path, driver: Driver) -> None:
+def test_prompt_and_output_against_transformers(folder: Path, driver: Driver[TorchRunner]) -> None:
     script = driver.alone(Script(PROMPT, num_outputs=20, num_logprobs=2, num_prompt_logprobs=3))
     text = (*PROMPT, *script.token_ids)
     expected = torch.log_softmax(reference_logits(folder, text), dim=1)
@@ -55,13 +55,13 @@ def test_prompt_and_output_against_transformers(folder: Path, driver: Driver) ->
     assert len({place.rank for place in places if place is not None}) > 50
 
 
-def test_scores_of_outputs_are_bitwise_those_of_a_prompt(driver: Driver) -> None:
+def test_scores_of_outputs_are_bitwise_those_of_a_prompt(driver: Driver[TorchRunner]) -> None:
     script = driver.alone(Script(PROMPT[:40], num_outputs=60, num_logprobs=3))
     again = scored(driver, (*script.prompt, *script.token_ids))
     assert again.prompt_log_probs[39:] == script.log_probs
 
 
-def test_a_scored_prompt_draws_nothing_and_may_be_one_token(driver: Driver) -> None:
+def test_a_scored_prompt_draws_nothing_and_may_be_one_token(driver: Driver[TorchRunner]) -> None:
     assert scored(driver).token_ids == []
     for prompt in (PROMPT[:1], PROMPT[:2]):
         assert len(scored(driver, prompt).prompt_log_probs) == len(prompt) - 1
@@ -71,7 +71,7 @@ def test_a_scored_prompt_draws_nothing_and_may_be_one_token(driver: Driver) -> N
     assert step.result().prompt_log_probs == ((),)
 
 
-def test_logits_of_few_positions_are_held_at_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_few_positions_are_held_at_once(driver: Driver[TorchRunner], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = scored(driver).prompt_log_probs
     assert len(expected) == 149 > memory_plan.PIECE_ROWS
     monkeypatch.setattr(prompt_scores, "PIECE_ROWS", 7)
@@ -86,7 +86,7 @@ def test_logits_of_few_positions_are_held_at_once(driver: Driver, monkeypatch: p
     assert counts == [*(7,) * 21, 2, 0]
 
 
-def test_rows_are_told_apart(driver: Driver) -> None:
+def test_rows_are_told_apart(driver: Driver[TorchRunner]) -> None:
     scripts = [
         Script(PROMPT[:70], slot=0, pages=(1, 2), num_prompt_logprobs=0, chunks=(65, 5)),
         Script(PROMPT[50:60], slot=1, pages=(3,), num_logprobs=4),
