@@ -103,11 +103,12 @@ class Engine:
             events += self._scheduler.expire(time.monotonic_ns())
             plan = self._scheduler.plan(time.monotonic_ns())
             launched = None if plan is None else Launched(plan, self._runner.launch(plan))
-            if launched is not None and not launched.plan.needs_masks:
+            needs_masks = plan is not None and plan.needs_masks
+            if launched is not None and not needs_masks:
                 launched.step.draw({})
             if in_flight is not None:
                 events += self._scheduler.commit(in_flight.plan, in_flight.step.result(), time.monotonic_ns())
-            if launched is not None and launched.plan.needs_masks:
+            if launched is not None and needs_masks:
                 launched.step.draw(self._scheduler.masks(launched.plan))
             if launched is not None or in_flight is not None:
                 self._count_step_time(time.monotonic() - self._turn_started_s)

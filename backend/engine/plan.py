@@ -86,7 +86,7 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         """Tokens in the step (shape letter T)."""
-        return sum(row.num_tokens for row in self.rows)
+        return sum([row.num_tokens for row in self.rows])
 
 
 class TokenLogProbs(msgspec.Struct, frozen=True, array_like=True):

@@ -156,15 +156,16 @@ class Scheduler:
         self._admit_waiting(now_ns)
         decodes: list[PlanRow] = []
         prefills: list[PlanRow] = []
-        is_decoding = list(map(_is_decoding, self._running))
+        decode = Phase.DECODE
+        is_decoding = [sequence.phase is decode and sequence.num_draws_left > 0 for sequence in self._running]
         budget = self.limits.max_step_tokens - sum(is_decoding)
         for position, sequence in enumerate(self._running):
             if is_decoding[position]:
                 known_ids = () if sequence.guide is None else self._known_ids(sequence, 1 + budget)
-                num_tokens = len(known_ids) or 1
-                if self._make_ready(sequence, position, sequence.num_planned_tokens + num_tokens):
+                end = sequence.num_planned_tokens + (len(known_ids) or 1)
+                if end <= sequence.kv.table.num_ready_tokens or self._make_ready(sequence, position, end):
                     decodes.append(self._decode_row(sequence, known_ids))
-                    budget -= num_tokens - 1
+                    budget -= decodes[-1].num_forced
             elif sequence.phase is Phase.PREFILL and budget:
                 end = min(sequence.num_planned_tokens + budget, sequence.num_prompt_tokens)
                 if self._make_ready(sequence, position, end):
@@ -183,34 +184,28 @@ class Scheduler:
         drawn = iter(result.token_ids)
         log_probs = iter(result.log_probs or (None,) * len(result.token_ids))
         prompt_log_probs = iter(result.prompt_log_probs)
+        finished = Phase.FINISHED
         for row in plan.rows:
             sequence = self._by_slot[row.slot]
             sequence.num_in_flight -= 1
-            sequence.num_committed_tokens = row.start + row.num_tokens
+            num_tokens = row.num_tokens
+            sequence.num_committed_tokens = num_committed = row.start + num_tokens
             if row.num_prompt_logprobs is not None:
                 sequence.prompt_log_probs += next(prompt_log_probs)
             if row.is_sampled:
-                sequence.num_draws_in_flight -= 1 + row.num_forced
                 token_id, log_prob = next(drawn), next(log_probs)
-                for forced_id in _forced_ids(row):
-                    if sequence.phase is not Phase.FINISHED:
-                        events.append(self._append(sequence, forced_id, None, now_ns))
-                if sequence.phase is not Phase.FINISHED:
-                    try:
-                        if sequence.guide is not None:
-                            sequence.guide.accept(token_id)
-                    except RequestError as error:
-                        events.append(self._fail(sequence.group, FailureKind.INVALID, str(error)))
-                    else:
-                        events.append(self._append(sequence, token_id, log_prob, now_ns))
+                if sequence.guide is not None:
+                    events += self._append_guided(sequence, row, token_id, log_prob, now_ns)
+                elif sequence.phase is not finished:
+                    events.append(self._append(sequence, token_id, log_prob, now_ns))
             elif sequence.is_scored:
                 events.append(sequence.finish_score(now_ns))
                 self._forget_if_finished(sequence.group)
-            if sequence.index == 0 and row.start < sequence.num_prompt_tokens <= sequence.num_committed_tokens:
+            if row.token_ids and row.start < sequence.num_prompt_tokens <= num_committed and sequence.index == 0:
                 self._waiting.add_siblings(sequence.group)
-            if sequence.num_committed_tokens % PAGE_TOKENS < row.num_tokens:
-                self._memory.name_full_pages(sequence.kv, sequence.num_committed_tokens, sequence.token_ids)
-            if sequence.is_releasable:
+            if num_committed % PAGE_TOKENS < num_tokens:
+                self._memory.name_full_pages(sequence.kv, num_committed, sequence.token_ids)
+            if sequence.phase is finished and sequence.is_releasable:
                 self._release(sequence)
         assert next(drawn, None) is None, "more ids than sampled rows"
         return events
@@ -288,18 +283,22 @@ class Scheduler:
         return ids if len(ids) > 1 else ()
 
     def _decode_row(self, sequence: Sequence, known_ids: tuple[int, ...]) -> PlanRow:
-        start, num_forced = sequence.num_planned_tokens, max(0, len(known_ids) - 1)
-        self._count_planned(sequence, 1 + num_forced, is_sampled=True)
-        sequence.num_draws_in_flight += num_forced
+        start, num_tokens = sequence.num_planned_tokens, len(known_ids) or 1
+        sequence.num_planned_tokens = start + num_tokens
+        sequence.num_in_flight += 1
+        sequence.num_draws_left -= num_tokens
+        page_ids = sequence.kv.table.page_ids
+        if sequence.guide is None:
+            return PlanRow(sequence.slot, start, num_tokens, known_ids, page_ids, is_sampled=True)
         return PlanRow(
             sequence.slot,
             start,
-            1 + num_forced,
+            num_tokens,
             known_ids,
-            sequence.kv.table.page_ids,
+            page_ids,
             is_sampled=True,
-            num_forced=num_forced,
-            is_guided=sequence.guide is not None,
+            num_forced=num_tokens - 1,
+            is_guided=True,
         )
 
     def _prefill_row(self, sequence: Sequence, end: int) -> PlanRow:
@@ -308,7 +307,9 @@ class Scheduler:
         is_sampled = is_last and request.max_tokens > 0
         slot_start = None if sequence.has_started else sequence.slot_start()
         sequence.has_started = True
-        self._count_planned(sequence, end - start, is_sampled=is_sampled)
+        sequence.num_planned_tokens = end
+        sequence.num_in_flight += 1
+        sequence.num_draws_left -= is_sampled
         if is_last:
             sequence.phase = Phase.DECODE
         return PlanRow(
@@ -322,12 +323,6 @@ class Scheduler:
             request.num_prompt_logprobs if sequence.index == 0 else None,
             is_guided=sequence.guide is not None,
         )
-
-    @staticmethod
-    def _count_planned(sequence: Sequence, num_tokens: int, *, is_sampled: bool) -> None:
-        sequence.num_planned_tokens += num_tokens
-        sequence.num_in_flight += 1
-        sequence.num_draws_in_flight += is_sampled
 
     def _admit_waiting(self, now_ns: int) -> None:
         """Admit in the order of ranks, as long as the step is not full with what runs already."""
@@ -365,8 +360,26 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, token_id: int, log_prob: TokenLogProbs | None, now_ns: int) -> TokenEvent:
         event = sequence.append(token_id, log_prob, now_ns)
-        self._forget_if_finished(sequence.group)
+        if event.finish is not None:
+            self._forget_if_finished(sequence.group)
         return event
+
+    def _append_guided(
+        self, sequence: Sequence, row: PlanRow, token_id: int, log_prob: TokenLogProbs | None, now_ns: int
+    ) -> list[Event]:
+        """Take over what a grammar forced and the id drawn behind that, as far as the sequence has not ended."""
+        events: list[Event] = []
+        for forced_id in _forced_ids(row):
+            if sequence.phase is not Phase.FINISHED:
+                events.append(self._append(sequence, forced_id, None, now_ns))
+        if sequence.phase is Phase.FINISHED:
+            return events
+        assert sequence.guide is not None
+        try:
+            sequence.guide.accept(token_id)
+        except RequestError as error:
+            return [*events, self._fail(sequence.group, FailureKind.INVALID, str(error))]
+        return [*events, self._append(sequence, token_id, log_prob, now_ns)]
 
     def _end(self, group: RequestGroup, reason: FinishReason, kind: FailureKind, message: str) -> list[Event]:
         """End what is unfinished of a request: an error when it has no token yet, a finish reason afterwards."""
@@ -405,15 +418,11 @@ class Scheduler:
             del self._groups[group.request.handle]
 
 
-def _is_decoding(sequence: Sequence) -> bool:
-    return sequence.phase is Phase.DECODE and sequence.wants_another_token
-
-
 def _num_wanted_tokens(sequence: Sequence) -> int:
     """Tokens a sequence would run if a step had no bound."""
     if sequence.phase is Phase.PREFILL:
         return sequence.num_prompt_tokens - sequence.num_planned_tokens
-    return _is_decoding(sequence)
+    return sequence.phase is Phase.DECODE and sequence.num_draws_left > 0
 
 
 def _forced_ids(row: PlanRow) -> tuple[int, ...]:
