@@ -71,6 +71,7 @@ def build_engine(settings: Settings, outbox: Outbox) -> Engine:
         num_host_pages=served.runner.num_host_pages,
         max_queued_tokens=settings.max_queued_tokens,
         has_prefix_cache=settings.prefix_cache,
+        max_unsent_tokens=settings.max_unsent_tokens,
         max_num_seqs=served.runner.max_num_seqs,
         max_step_tokens=settings.max_step_tokens,
         max_queued_requests=settings.max_queued_requests,
@@ -105,6 +106,8 @@ def read_orders(connection: Connection, engine: Engine) -> None:
                 engine.abort(message.handle)
             elif isinstance(message, messages.AbortRequestId):
                 engine.abort_request_id(message.request_id)
+            elif isinstance(message, messages.Sent):
+                engine.note_sent(message.counts)
     except (EOFError, OSError):
         log.debug("the owner closed the connection")
     finally:
@@ -122,6 +125,7 @@ def main(file_descriptor: int) -> int:
     """Serve the owner at the other end of the socket; the exit status is 0 only after it closed the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    sys.setswitchinterval(messages.SWITCH_INTERVAL_S)
     connection = Connection(file_descriptor)
     start = messages.receive_in_engine(connection)
     assert isinstance(start, messages.Start), "the first message says what to serve"

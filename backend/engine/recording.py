@@ -13,7 +13,7 @@ import argparse
 import hashlib
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -69,6 +69,12 @@ class Aborted(msgspec.Struct, frozen=True, tag=True):
     handle: int
 
 
+class Sent(msgspec.Struct, frozen=True, tag=True):
+    """So many ids of these requests were sent to their clients."""
+
+    counts: dict[int, int]
+
+
 class Expired(msgspec.Struct, frozen=True, tag=True):
     """Deadlines passed."""
 
@@ -93,7 +99,7 @@ class Committed(msgspec.Struct, frozen=True, tag=True):
     now_ns: int
 
 
-Frame = Began | Added | GaveGuide | Failed | Aborted | Expired | Planned | Masked | Committed
+Frame = Began | Added | GaveGuide | Failed | Aborted | Sent | Expired | Planned | Masked | Committed
 _decoder = msgspec.msgpack.Decoder(Frame)
 
 
@@ -124,6 +130,11 @@ class RecordingScheduler(Scheduler):
         """Write down, then take back; aborts by request id and of all come here too."""
         self._write(Aborted(handle))
         return super().abort(handle)
+
+    def note_sent(self, counts: Mapping[int, int]) -> None:
+        """Write down, then let streams go on."""
+        self._write(Sent(dict(counts)))
+        super().note_sent(counts)
 
     def expire(self, now_ns: int) -> list[Event]:
         """End requests; written down when there were any."""
@@ -188,6 +199,8 @@ class Replay:
                     scheduler.fail(handle, kind, message)
                 case Aborted(handle):
                     scheduler.abort(handle)
+                case Sent(counts):
+                    scheduler.note_sent(counts)
                 case Expired(now_ns):
                     scheduler.expire(now_ns)
                 case Planned(now_ns, digest):

@@ -10,6 +10,7 @@ pages of lower-ranked ones out to the host (kv_memory.py), never the other way r
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 
@@ -22,12 +23,16 @@ from backend.engine.waiting_queue import WaitingQueue
 from backend.errors import RequestError
 
 _NEVER_NS = 2**63 - 1
+_NO_BOUND = 2**63 - 1
 Event = TokenEvent | RequestFailed
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """Bounds of a step, of memory and of the queue; 0 means none for `default_deadline_ms` and `max_queued_tokens`."""
+    """Bounds of a step, of memory, of the queue and of what a stream may be ahead of its client.
+
+    0 means none for `default_deadline_ms`, `max_queued_tokens` and `max_unsent_tokens`.
+    """
 
     num_pages: int
     max_num_seqs: int
@@ -37,6 +42,7 @@ class SchedulerLimits:
     num_host_pages: int = 0
     max_queued_tokens: int = 0
     has_prefix_cache: bool = True
+    max_unsent_tokens: int = 0
 
 
 class Scheduler:
@@ -82,6 +88,7 @@ class Scheduler:
         """
         self._waiting.check_room(request)
         deadline_ms = request.deadline_ms or self.limits.default_deadline_ms
+        is_bounded = request.stream and self.limits.max_unsent_tokens
         group = RequestGroup(
             request,
             self._token_bytes,
@@ -91,6 +98,7 @@ class Scheduler:
             now_ns + deadline_ms * 1_000_000 if deadline_ms else _NEVER_NS,
             self._num_accepted,
             has_prefix_cache=self.limits.has_prefix_cache,
+            most_unsent=self.limits.max_unsent_tokens * request.num_return_sequences if is_bounded else _NO_BOUND,
         )
         if guide is not None:
             group.start_guide(guide)
@@ -117,6 +125,13 @@ class Scheduler:
         """End a request with an error; nothing happens when it was taken back meanwhile."""
         group = self._groups.get(handle)
         return [] if group is None else [self._fail(group, kind, message)]
+
+    def note_sent(self, counts: Mapping[int, int]) -> None:
+        """Take over how many ids of which requests have been sent to their clients; those that have ended do not matter."""
+        for handle, count in counts.items():
+            group = self._groups.get(handle)
+            if group is not None:
+                group.num_unsent = max(0, group.num_unsent - count)  # an echo was sent, and is none of these
 
     def abort(self, handle: int) -> list[Event]:
         """Take a request back; a handle that is unknown or finished is no error (the two cross on the way)."""
@@ -150,6 +165,8 @@ class Scheduler:
     def plan(self, now_ns: int) -> StepPlan | None:
         """The next step, or None when nothing can run: decodes first, then prefill chunks.
 
+        A stream that is far ahead of its client pauses, with everything it has, until `note_sent`.
+
         Memory is given out in the order of ranks before that, so a sequence only ever takes pages of those behind it, which
         have no row in this step yet.
         """
@@ -157,11 +174,16 @@ class Scheduler:
         decodes: list[PlanRow] = []
         prefills: list[PlanRow] = []
         decode = Phase.DECODE
-        is_decoding = [sequence.phase is decode and sequence.num_draws_left > 0 for sequence in self._running]
+        is_decoding = [
+            sequence.phase is decode
+            and sequence.num_draws_left > 0
+            and sequence.group.num_unsent < sequence.group.most_unsent
+            for sequence in self._running
+        ]
         budget = self.limits.max_step_tokens - sum(is_decoding)
         for position, sequence in enumerate(self._running):
             if is_decoding[position]:
-                known_ids = () if sequence.guide is None else self._known_ids(sequence, 1 + budget)
+                known_ids = () if sequence.guide is None else sequence.known_ids(1 + budget)
                 end = sequence.num_planned_tokens + (len(known_ids) or 1)
                 if end <= sequence.kv.table.num_ready_tokens or self._make_ready(sequence, position, end):
                     decodes.append(self._decode_row(sequence, known_ids))
@@ -221,7 +243,7 @@ class Scheduler:
             if row.is_guided and row.is_sampled and sequence.phase is not Phase.FINISHED:
                 assert sequence.guide is not None
                 try:
-                    for token_id in _forced_ids(row):
+                    for token_id in row.forced_ids:
                         sequence.guide.accept(token_id)
                     masks[row.slot] = sequence.guide.mask()
                 except RequestError as error:
@@ -268,19 +290,6 @@ class Scheduler:
             not before and other.kv.table.num_swapped > 0 for before, other in zip(num_swapped, lower, strict=True)
         )
         return is_ready
-
-    @staticmethod
-    def _known_ids(sequence: Sequence, most: int) -> tuple[int, ...]:
-        """What a grammar forces: the id that is being drawn and those behind it, when there is at least one behind it.
-
-        Not when log-probabilities are asked for, since an id that is not drawn has none.
-        """
-        if sequence.guide is None or sequence.num_draws_in_flight != 1 or sequence.request.num_logprobs is not None:
-            return ()
-        # One more draw comes behind the forced ids, and all must stay within max_tokens.
-        room = sequence.request.max_tokens - sequence.num_outputs - 1
-        ids = sequence.guide.forced_ids()[: max(0, min(room, most))]
-        return ids if len(ids) > 1 else ()
 
     def _decode_row(self, sequence: Sequence, known_ids: tuple[int, ...]) -> PlanRow:
         start, num_tokens = sequence.num_planned_tokens, len(known_ids) or 1
@@ -369,7 +378,7 @@ class Scheduler:
     ) -> list[Event]:
         """Take over what a grammar forced and the id drawn behind that, as far as the sequence has not ended."""
         events: list[Event] = []
-        for forced_id in _forced_ids(row):
+        for forced_id in row.forced_ids:
             if sequence.phase is not Phase.FINISHED:
                 events.append(self._append(sequence, forced_id, None, now_ns))
         if sequence.phase is Phase.FINISHED:
@@ -423,8 +432,3 @@ def _num_wanted_tokens(sequence: Sequence) -> int:
     if sequence.phase is Phase.PREFILL:
         return sequence.num_prompt_tokens - sequence.num_planned_tokens
     return sequence.phase is Phase.DECODE and sequence.num_draws_left > 0
-
-
-def _forced_ids(row: PlanRow) -> tuple[int, ...]:
-    """Ids of a row that become output without being drawn."""
-    return row.token_ids[len(row.token_ids) - row.num_forced :] if row.num_forced else ()

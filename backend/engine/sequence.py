@@ -127,6 +127,7 @@ class Sequence:
         self.output_ids.append(token_id)
         num_outputs = len(self.output_ids)
         self.last_token_time_ns = now_ns
+        self.group.num_unsent += 1
         if 1 < num_outputs < request.max_tokens and token_id not in self.group.ending_ids:
             # What nearly every id is, and hundreds of them in every step: in the middle, with text that goes out as it is.
             num_bytes = self.text.num_bytes_alone(token_id)
@@ -152,6 +153,18 @@ class Sequence:
             self.text.finish()
             finish = self._finish(FinishReason.LENGTH)
         return self._event((*echoed, token_id), finish, log_prob)
+
+    def known_ids(self, most: int) -> tuple[int, ...]:
+        """What the grammar forces: the id that is being drawn and those behind it, when there is at least one behind it.
+
+        Not when log-probabilities are asked for, since an id that is not drawn has none.
+        """
+        if self.guide is None or self.num_draws_in_flight != 1 or self.request.num_logprobs is not None:
+            return ()
+        # One more draw comes behind the forced ids, and all must stay within max_tokens.
+        room = self.request.max_tokens - self.num_outputs - 1
+        ids = self.guide.forced_ids()[: max(0, min(room, most))]
+        return ids if len(ids) > 1 else ()
 
     def finish_score(self, now_ns: int) -> TokenEvent:
         """End a sequence that only wanted the log-probabilities of its prompt."""
@@ -212,7 +225,8 @@ class RequestGroup:
 
     All of them share the pages of the prompt. So only the first waits from the start; the others queue behind it once its
     prompt has been run. Where the prefix cache is off, or must not be read, a salt of their own keeps the sharing among them.
-    `is_ready`: nothing but its turn is missing; not so while its grammar is compiled.
+    `is_ready`: nothing but its turn is missing; not so while its grammar is compiled. `num_unsent` counts ids that were
+    generated and not yet sent to the client; from `most_unsent` on, the request pauses.
     """
 
     def __init__(
@@ -226,6 +240,7 @@ class RequestGroup:
         order: int,
         *,
         has_prefix_cache: bool,
+        most_unsent: int,
     ) -> None:
         self.request = request
         self.is_ready = request.guide is None
@@ -237,6 +252,8 @@ class RequestGroup:
         self.num_waiting = request.num_return_sequences
         self.num_running = 0
         self.has_tokens = False
+        self.num_unsent = 0
+        self.most_unsent = most_unsent
         self.end_id = eos_id if request.end_id is None else request.end_id
         self.ending_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else {self.end_id})
         may_read = has_prefix_cache and request.num_prompt_logprobs is None
