@@ -88,7 +88,7 @@ def _cuda(settings: Settings, config: ModelConfig, progress: Progress) -> Served
     placement = choose_placement(
         str(device.torch_device), settings.weight_dtype, settings.kv_dtype, settings.head_dtype, config.quantization
     )
-    needed_bytes = cuda_workspace_bytes(config, settings.max_num_seqs, settings.max_model_len)
+    needed_bytes = cuda_workspace_bytes(config, settings.max_num_seqs, settings.max_model_len, settings.max_step_tokens)
     plan = _plan_for(placement, config, settings, needed_bytes)
     num_host_pages = _num_host_pages(settings, plan)
     max_model_len, why = _served_length(config, settings, plan.num_pages)
@@ -99,6 +99,7 @@ def _cuda(settings: Settings, config: ModelConfig, progress: Progress) -> Served
         num_host_pages=num_host_pages,
         max_num_seqs=settings.max_num_seqs,
         max_model_len=max_model_len,
+        max_step_tokens=settings.max_step_tokens,
         weight_dtype=settings.weight_dtype,
         kv_dtype=settings.kv_dtype,
         head_dtype=settings.head_dtype,

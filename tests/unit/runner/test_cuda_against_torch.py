@@ -37,7 +37,7 @@ MAX_TOKENS = 120
 
 
 def cuda_runner(folder: Path, **settings: Any) -> CudaRunner:
-    return CudaRunner.load(folder, EmulatedDevice(PLAIN[0]), **LIMITS | settings)
+    return CudaRunner.load(folder, EmulatedDevice(PLAIN[0]), max_step_tokens=512, **LIMITS | settings)
 
 
 def torch_runner(folder: Path, **settings: Any) -> TorchRunner:
