@@ -113,6 +113,7 @@ class CudaRunner:
         self.num_pages = num_pages
         self.num_host_pages = num_host_pages
         self.max_num_seqs = max_num_seqs
+        self.max_step_tokens = max_step_tokens
         self.config = config
         self._device = device
         self._format = weight_format
@@ -167,7 +168,7 @@ class CudaRunner:
 
     def launch(self, plan: StepPlan) -> CudaStep:
         """Copy pages and run the forward pass of all tokens; the step before must have been drawn."""
-        assert plan.rows, "an empty step"
+        assert 0 < plan.num_tokens <= self.max_step_tokens, f"{plan.num_tokens} tokens in a step"
         assert self._last_step is None or self._last_step.is_drawn, "the step before was not drawn"
         with torch.inference_mode():
             self._host_pages.run(plan.copies)
