@@ -71,6 +71,7 @@ def build_engine(settings: Settings, outbox: Outbox) -> Engine:
         num_host_pages=served.runner.num_host_pages,
         max_queued_tokens=settings.max_queued_tokens,
         has_prefix_cache=settings.prefix_cache,
+        caches_outputs=served.runner.caches_outputs,
         max_num_seqs=served.runner.max_num_seqs,
         max_step_tokens=settings.max_step_tokens,
         max_queued_requests=settings.max_queued_requests,

@@ -27,7 +27,10 @@ Event = TokenEvent | RequestFailed
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """Bounds of a step, of memory and of the queue; 0 means none for `default_deadline_ms` and `max_queued_tokens`."""
+    """Bounds of a step, of memory and of the queue; 0 means none for `default_deadline_ms` and `max_queued_tokens`.
+
+    `caches_outputs`: pages with generated tokens are found by prompts too; the runner's `caches_outputs` says where that may be.
+    """
 
     num_pages: int
     max_num_seqs: int
@@ -37,6 +40,7 @@ class SchedulerLimits:
     num_host_pages: int = 0
     max_queued_tokens: int = 0
     has_prefix_cache: bool = True
+    caches_outputs: bool = True
 
 
 class Scheduler:
@@ -209,7 +213,8 @@ class Scheduler:
             if sequence.index == 0 and row.start < sequence.num_prompt_tokens <= sequence.num_committed_tokens:
                 self._waiting.add_siblings(sequence.group)
             if sequence.num_committed_tokens % PAGE_TOKENS < row.num_tokens:
-                self._memory.name_full_pages(sequence.kv, sequence.num_committed_tokens, sequence.token_ids)
+                nameable = sequence.token_ids if self.limits.caches_outputs else sequence.request.prompt_token_ids
+                self._memory.name_full_pages(sequence.kv, sequence.num_committed_tokens, nameable)
             if sequence.is_releasable:
                 self._release(sequence)
         assert next(drawn, None) is None, "more ids than sampled rows"

@@ -78,6 +78,8 @@ class TorchRunner:
     start-up, and `describe()` says what was found. On a GPU it is not promised.
     """
 
+    caches_outputs = True
+
     def __init__(
         self,
         folder: Path,

@@ -95,6 +95,8 @@ class CudaRunner:
     All tokens of a step pass through the layers at once, prompts beside decodes.
     """
 
+    caches_outputs = True
+
     def __init__(
         self,
         config: ModelConfig,
