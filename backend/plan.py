@@ -17,6 +17,7 @@ from backend.checkpoint.matrix import WeightFormat
 from backend.checkpoint.model_config import ModelConfig, read_model_config
 from backend.checkpoint.weights import weight_bytes
 from backend.errors import ConfigError
+from backend.runner.gathered_attention import gathered_bytes
 from backend.runner.memory_plan import MemoryPlan, page_bytes, plan_memory, workspace_bytes
 
 NEMO_12B = ModelConfig(
@@ -52,7 +53,8 @@ def plan_machine(config: ModelConfig, memory_bytes: int, arguments: argparse.Nam
         f"a device of {memory_bytes / 1e9:.1f} GB",
         int(memory_bytes * arguments.memory_fraction),
         weight_bytes(config, weight_format(arguments.weights)),
-        workspace_bytes(config, arguments.max_step_tokens, arguments.max_num_seqs),
+        workspace_bytes(config, arguments.max_step_tokens, arguments.max_num_seqs)
+        + gathered_bytes(config, arguments.max_model_len, _BYTES[arguments.kv]),
         page_bytes(config, _BYTES[arguments.kv]),
         kv_cache_tokens=0,
         most_tokens=None,
@@ -80,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kv", choices=_BYTES, default="bf16")
     parser.add_argument("--memory-fraction", type=float, default=0.9, help="share of the memory to use")
     parser.add_argument("--max-step-tokens", type=int, default=512)
+    parser.add_argument("--max-model-len", type=int, default=131072)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     arguments = parser.parse_args(argv)
     try:
