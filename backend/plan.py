@@ -17,7 +17,7 @@ from backend.checkpoint.matrix import WeightFormat
 from backend.checkpoint.model_config import ModelConfig, read_model_config
 from backend.checkpoint.weights import weight_bytes
 from backend.errors import ConfigError
-from backend.runner.gathered_attention import gathered_bytes
+from backend.runner.gathered_attention import gathered_page_bytes
 from backend.runner.memory_plan import MemoryPlan, page_bytes, plan_memory, workspace_bytes
 
 NEMO_12B = ModelConfig(
@@ -53,11 +53,12 @@ def plan_machine(config: ModelConfig, memory_bytes: int, arguments: argparse.Nam
         f"a device of {memory_bytes / 1e9:.1f} GB",
         int(memory_bytes * arguments.memory_fraction),
         weight_bytes(config, weight_format(arguments.weights)),
-        workspace_bytes(config, arguments.max_step_tokens, arguments.max_num_seqs)
-        + gathered_bytes(config, arguments.max_model_len, _BYTES[arguments.kv]),
+        workspace_bytes(config, arguments.max_step_tokens, arguments.max_num_seqs),
         page_bytes(config, _BYTES[arguments.kv]),
         kv_cache_tokens=0,
         most_tokens=None,
+        gathered_page_bytes=gathered_page_bytes(config, _BYTES[arguments.kv]),
+        max_model_len=arguments.max_model_len,
     )
 
 

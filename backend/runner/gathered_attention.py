@@ -40,10 +40,9 @@ class GatheredRows:
     is_seen: torch.Tensor | None
 
 
-def gathered_bytes(config: ModelConfig, max_model_len: int, page_element_bytes: int) -> int:
-    """What a call holds at most: K and V as they are in the pages, and as they go into the product."""
-    num_tokens = -(-max_model_len // PAGE_TOKENS) * PAGE_TOKENS
-    return 2 * num_tokens * config.kv_size * (page_element_bytes + max(page_element_bytes, 2))
+def gathered_page_bytes(config: ModelConfig, page_element_bytes: int) -> int:
+    """What a page takes that is gathered: K and V of a layer as they are in it, and as they go into the product."""
+    return 2 * PAGE_TOKENS * config.kv_size * (page_element_bytes + max(page_element_bytes, 2))
 
 
 def group_rows(

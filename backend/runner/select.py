@@ -14,7 +14,7 @@ from backend.engine.plan import PAGE_TOKENS
 from backend.errors import ConfigError
 from backend.runner.cuda.runner import CudaRunner, cuda_workspace_bytes
 from backend.runner.fake_runner import FakeRunner
-from backend.runner.gathered_attention import gathered_bytes
+from backend.runner.gathered_attention import gathered_page_bytes
 from backend.runner.memory_plan import MemoryPlan, page_bytes, plan_memory, workspace_bytes
 from backend.runner.model_runner import ModelRunner
 from backend.runner.placement import Placement, choose_placement
@@ -56,9 +56,8 @@ def make_runner(settings: Settings, progress: Progress) -> ServedModel:
         "auto", settings.weight_dtype, settings.kv_dtype, settings.head_dtype, config.quantization
     )
     needed_bytes = workspace_bytes(config, settings.max_step_tokens, settings.max_num_seqs)
-    if not placement.arithmetic.is_tiled:
-        needed_bytes += gathered_bytes(config, settings.max_model_len, placement.kv_dtype.itemsize)
-    plan = _plan_for(placement, config, settings, needed_bytes)
+    gathered = 0 if placement.arithmetic.is_tiled else gathered_page_bytes(config, placement.kv_dtype.itemsize)
+    plan = _plan_for(placement, config, settings, needed_bytes, gathered)
     num_host_pages = _num_host_pages(settings, plan)
     max_model_len, why = _served_length(config, settings, plan.num_pages)
     runner = TorchRunner(
@@ -134,7 +133,9 @@ def _num_host_pages(settings: Settings, plan: MemoryPlan) -> int:
     return min(int(plan.num_pages * settings.kv_swap_ratio), most)
 
 
-def _plan_for(placement: Placement, config: ModelConfig, settings: Settings, needed_bytes: int) -> MemoryPlan:
+def _plan_for(
+    placement: Placement, config: ModelConfig, settings: Settings, needed_bytes: int, gathered_page_bytes: int = 0
+) -> MemoryPlan:
     is_cpu = placement.device.type == "cpu"
     if is_cpu:
         budget_bytes = int(available_host_bytes() * _CPU_MEMORY_FRACTION)
@@ -148,6 +149,8 @@ def _plan_for(placement: Placement, config: ModelConfig, settings: Settings, nee
         page_bytes(config, placement.kv_dtype.itemsize),
         kv_cache_tokens=settings.kv_cache_tokens,
         most_tokens=_MOST_CPU_TOKENS if is_cpu else None,
+        gathered_page_bytes=gathered_page_bytes,
+        max_model_len=settings.max_model_len,
     )
 
 

@@ -12,7 +12,7 @@ from backend.checkpoint.model_config import read_model_config
 from backend.checkpoint.weights import weight_bytes
 from backend.plan import NEMO_12B, main, parse_bytes, weight_format
 from backend.runner import select
-from backend.runner.gathered_attention import gathered_bytes
+from backend.runner.gathered_attention import gathered_page_bytes
 from backend.runner.memory_plan import page_bytes, workspace_bytes
 from backend.runner.placement import Arithmetic, Placement
 from backend.settings import Settings
@@ -42,7 +42,7 @@ def test_kv_and_workspace_of_nemo_12b() -> None:
 def test_the_command_plans_for_an_80_gb_device(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--gpu-memory", "80GB", "--weights", "fp8", "--kv", "fp8"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    needed_bytes = workspace_bytes(NEMO_12B, 512, 256) + gathered_bytes(NEMO_12B, 131072, 1)
+    needed_bytes = workspace_bytes(NEMO_12B, 512, 256) + 2048 * gathered_page_bytes(NEMO_12B, 1)
     left = 72_000_000_000 - weight_bytes(NEMO_12B, weight_format("fp8")) - needed_bytes
     num_pages = left // (64 * 80 * 1024)
     assert lines == [
@@ -55,7 +55,7 @@ def test_the_command_plans_for_an_80_gb_device(capsys: pytest.CaptureFixture[str
 
 def test_what_does_not_fit_is_refused_with_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--gpu-memory", "24GB"]) == 1
-    assert "a device of 24.0 GB: weights 22.81 GiB + workspace 1.38 GiB + KV 0.01 GiB are more than the 20.12 GiB" in (
+    assert "a device of 24.0 GB: weights 22.81 GiB + workspace 0.63 GiB + KV 0.01 GiB are more than the 20.12 GiB" in (
         capsys.readouterr().err
     )
     assert main(["--gpu-memory", "24GB", "--weights", "fp8"]) == 0
@@ -64,7 +64,6 @@ def test_what_does_not_fit_is_refused_with_the_numbers(capsys: pytest.CaptureFix
 def test_another_checkpoint_and_other_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_checkpoint(tmp_path / "tiny")
     asked = ["--gpu-memory", "64MB", "--checkpoint", str(folder), "--weights", "fp32", "--kv", "fp32"]
-    asked += ["--max-model-len", "4096"]
     assert main(asked) == 0
     first = capsys.readouterr().out
     limits = ["--max-step-tokens", "16", "--max-num-seqs", "8", "--memory-fraction", "0.5"]
@@ -81,8 +80,8 @@ def test_it_is_the_plan_an_engine_starts_with(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80 * 10**9, 80 * 10**9))
     placement = Placement(torch.device("cuda:0"), Arithmetic(is_tiled=False), weight_format("bf16"), torch.bfloat16)
-    needed_bytes = workspace_bytes(NEMO_12B, 512, 256) + gathered_bytes(NEMO_12B, 131072, 2)
-    plan = select._plan_for(placement, NEMO_12B, Settings(checkpoint="any"), needed_bytes)
+    needed_bytes, gathered = workspace_bytes(NEMO_12B, 512, 256), gathered_page_bytes(NEMO_12B, 2)
+    plan = select._plan_for(placement, NEMO_12B, Settings(checkpoint="any"), needed_bytes, gathered)
     assert main(["--gpu-memory", "80GB"]) == 0
     printed = capsys.readouterr().out
     for name, value in plan.lines().items():
