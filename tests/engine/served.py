@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -37,6 +37,7 @@ class Served:
         self.spoken: defaultdict[tuple[int, int], Spoken] = defaultdict(Spoken)
         self.failed: set[int] = set()
         self.plans: list[StepPlan] = []
+        limits = replace(limits, caches_outputs=runner.caches_outputs)
         self.scheduler = Scheduler(limits, TOKEN_BYTES, EOS_ID)
         self._runner = runner
         self._in_flight: tuple[StepPlan, InFlightStep] | None = None

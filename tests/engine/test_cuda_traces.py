@@ -96,6 +96,18 @@ def test_every_request_gets_what_it_gets_alone(runner: CudaRunner, alone: dict[i
     assert together.spoken[2, 0].ids != together.spoken[2, 1].ids
 
 
+def test_the_next_turn_of_a_chat_gets_what_it_gets_alone(runner: CudaRunner) -> None:
+    """Its history is one page that was a prompt, and one that is filled by an answer, which another kernel attended for."""
+    first = GenerationRequest(1, "", BASE[:122], 8, ignore_eos=True)
+    served = Served(runner, ROOMY).play([[Add(first)]])
+    history = (*BASE[:122], *served.spoken[1, 0].ids)
+    assert len(history) == 130
+    second = GenerationRequest(2, "", (*history, 9), 2, ignore_eos=True, num_logprobs=2)
+    served.play([[Add(second)]])
+    assert served.scheduler.stats().num_prefix_hit_tokens == PAGE_TOKENS
+    assert served.spoken[2, 0] == Served(runner, ROOMY).play([[Add(second)]]).spoken[2, 0]
+
+
 def test_pytorch_gives_the_same(folder: Path, alone: dict[int, Served]) -> None:
     """Scores of prompts within a bound from roundings, and greedy ids as far as it decides them, under a grammar too."""
 

@@ -40,12 +40,17 @@ class LinearInput:
         return LinearInput(values, None if self.scale is None else self.scale[index], self.static_scale)
 
 
+def first_of(memory: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The first of `memory` as [rows, columns]."""
+    return memory.flatten()[: rows * columns].view(rows, columns)
+
+
 def input_of(
     matrix: Matrix, num_rows: int, values: dict[torch.dtype, torch.Tensor], scale: torch.Tensor
 ) -> LinearInput:
     """The input of `matrix` in memory that others use too: `values` [R, at least inputs] by dtype, `scale` [R]."""
     dtype = torch.bfloat16 if matrix.scales is None else torch.float8_e4m3fn
-    rows = values[dtype].flatten()[: num_rows * matrix.shape[1]].view(num_rows, matrix.shape[1])
+    rows = first_of(values[dtype], num_rows, matrix.shape[1])
     if matrix.scales is None:
         return LinearInput(rows)
     if matrix.input_scale is None:

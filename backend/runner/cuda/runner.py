@@ -38,7 +38,13 @@ def cuda_workspace_bytes(config: ModelConfig, max_num_seqs: int, max_model_len: 
     widest = max(config.hidden_size, config.query_size, config.ffn_size)
     row = 2 * (2 * config.hidden_size + 2 * config.query_size + 2 * config.kv_size + 2 * config.ffn_size) + 3 * widest
     angles = 4 * max_model_len * config.head_dim
-    return of_slots + of_scores + max_step_tokens * row + attention_bytes(config, max_step_tokens, max_pages) + angles
+    return (
+        of_slots
+        + of_scores
+        + max_step_tokens * row
+        + attention_bytes(config, max_num_seqs, max_step_tokens, max_pages)
+        + angles
+    )
 
 
 class CudaStep:
@@ -95,7 +101,7 @@ class CudaRunner:
     All tokens of a step pass through the layers at once, prompts beside decodes.
     """
 
-    caches_outputs = True
+    caches_outputs = False  # generated tokens go through another kernel of attention than prompts
 
     def __init__(
         self,

@@ -9,9 +9,9 @@ from backend.checkpoint.matrix import Matrix
 from backend.checkpoint.model_config import ModelConfig
 from backend.checkpoint.weights import LayerWeights, Weights
 from backend.engine.plan import PAGE_TOKENS
-from backend.runner.cuda.activations import LinearInput, input_of
-from backend.runner.cuda.attention import StepAttention
-from backend.runner.cuda.step_tokens import StepTokens, width_for
+from backend.runner.cuda.activations import LinearInput, first_of, input_of
+from backend.runner.cuda.attention import StepAttention, StepShape, shape_of
+from backend.runner.cuda.step_tokens import StepTokens
 from backend.runner.kv_pages import KvPages
 from kernels.embedding import embedding
 from kernels.launch import Device, Graph
@@ -61,13 +61,6 @@ class CudaTransformer:
         self._step = self._zeros(5, -(-rows // 4) * 4, dtype=torch.int32)
         self._num_tokens = self._step[0, :1]
         self._token_ids, self._slots, self._positions, self._lengths = (self._step[row, :rows] for row in range(1, 5))
-        self._attention = StepAttention(
-            device,
-            config.num_heads,
-            page_tables=self._page_tables,
-            sequences=self._slots,
-            lengths=self._lengths,
-        )
         heads = config.num_heads + 2 * config.num_kv_heads
         widest = max(config.hidden_size, config.query_size, config.ffn_size)
         self._residual, self._branch = (self._zeros(rows, config.hidden_size) for _ in range(2))
@@ -77,13 +70,23 @@ class CudaTransformer:
         self._values = {
             dtype: self._zeros(rows, widest, dtype=dtype) for dtype in (torch.bfloat16, torch.float8_e4m3fn)
         }
+        self._attention = StepAttention(
+            device,
+            config.num_heads,
+            config.num_kv_heads,
+            page_tables=self._page_tables,
+            sequences=self._slots,
+            lengths=self._lengths,
+            # Nothing else is in this memory while attention runs: its result is what it holds next, if that is BF16.
+            unscaled=first_of(self._values[torch.bfloat16], rows, config.query_size),
+        )
         self._scale = self._zeros(rows, dtype=torch.float32)
         self._inputs = [
             {name: self._input_of(getattr(layer, name)) for name in ("qkv", "output", "gate_up", "down")}
             for layer in weights.layers
         ]
         self.head_input = self._input_of(weights.head)
-        self._graphs: dict[int, Graph] = {}
+        self._graphs: dict[StepShape, Graph] = {}
 
     def set_pages(self, slot: int, page_ids: tuple[int, ...]) -> None:
         """Where the tokens of a slot's sequence lie; only what has changed is uploaded."""
@@ -96,23 +99,25 @@ class CudaTransformer:
 
     def hidden(self, tokens: StepTokens) -> LinearInput:
         """Run a step; its normed rows [at least T], as the head reads them, stand until the next one runs."""
-        num_tokens = len(tokens.token_ids)
-        width = width_for(num_tokens, self._max_rows)
-        step = np.zeros((len(self._step), width), dtype=np.int32)
+        num_tokens, shape = len(tokens.token_ids), shape_of(tokens, self._max_rows)
+        lengths = np.where(np.arange(num_tokens) < tokens.num_generated, tokens.positions + 1, 0)
+        step = np.zeros((len(self._step), shape.width), dtype=np.int32)
         step[0, 0] = num_tokens
-        step[1:, :num_tokens] = tokens.token_ids, tokens.slots, tokens.positions, tokens.positions + 1
-        self._step[:, :width] = torch.from_numpy(step).to(self._step.device)
-        if width not in self._graphs:
-            self._graphs[width] = self._device.capture(lambda: self._run(width))
-        self._graphs[width].replay()
-        return self.head_input.first(width)
+        step[1:, :num_tokens] = tokens.token_ids, tokens.slots, tokens.positions, lengths
+        self._step[:, : shape.width] = torch.from_numpy(step).to(self._step.device)
+        self._attention.load(tokens)
+        if shape not in self._graphs:
+            self._graphs[shape] = self._device.capture(lambda: self._run(shape))
+        self._graphs[shape].replay()
+        return self.head_input.first(shape.width)
 
     def logits(self, rows: LinearInput, out: torch.Tensor, num_rows: torch.Tensor) -> None:
         """out [n, V] FP32 of normed rows [n]; `num_rows` [1] INT32: rows from there on are left alone."""
         self._linear(rows, self._weights.head, out, num_rows)
 
-    def _run(self, width: int) -> None:
-        """All layers for the first `width` rows of everything."""
+    def _run(self, shape: StepShape) -> None:
+        """All layers for the first rows of everything, `shape.width` of them."""
+        width = shape.width
         embedding(
             self._device,
             table=self._weights.embedding,
@@ -121,12 +126,12 @@ class CudaTransformer:
             out=self._residual[:width],
             num_tokens=self._num_tokens,
         )
-        self._attention.schedule(width)
+        self._attention.schedule(shape)
         for index, layer in enumerate(self._weights.layers):
             inputs = {name: its_input.first(width) for name, its_input in self._inputs[index].items()}
             attention_norm, ffn_norm = self._norms[index]
             self._add_and_norm(width, attention_norm, inputs["qkv"], has_branch=index > 0)
-            self._attend(index, layer, inputs, width)
+            self._attend(index, layer, inputs, shape)
             self._add_and_norm(width, ffn_norm, inputs["gate_up"])
             self._linear(inputs["gate_up"], layer.gate_up, self._gate_up[:width], self._num_tokens)
             swiglu(
@@ -140,7 +145,8 @@ class CudaTransformer:
             self._linear(inputs["down"], layer.down, self._branch[:width], self._num_tokens)
         self._add_and_norm(width, self._norm, self.head_input.first(width))
 
-    def _attend(self, index: int, layer: LayerWeights, inputs: dict[str, LinearInput], width: int) -> None:
+    def _attend(self, index: int, layer: LayerWeights, inputs: dict[str, LinearInput], shape: StepShape) -> None:
+        width = shape.width
         qkv = self._qkv[:width]
         self._linear(inputs["qkv"], layer.qkv, qkv.flatten(1), self._num_tokens)
         k_pages, v_pages = self._kv.layer(index)
@@ -160,7 +166,7 @@ class CudaTransformer:
             num_tokens=self._num_tokens,
             is_interleaved=False,
         )
-        self._attention.run(width, self._queries[:width], (k_pages, v_pages), (k_scale, v_scale), inputs["output"])
+        self._attention.run(shape, self._queries[:width], (k_pages, v_pages), (k_scale, v_scale), inputs["output"])
         self._linear(inputs["output"], layer.output, self._branch[:width], self._num_tokens)
 
     def _add_and_norm(self, width: int, weight: torch.Tensor, out: LinearInput, *, has_branch: bool = True) -> None:

@@ -50,6 +50,7 @@ def forced(prompts: Sequence[tuple[int, ...]], outputs: Sequence[tuple[int, ...]
         Script(
             prompt=(*prompt, *output),
             chunks=(len(prompt), *(1,) * len(output)),
+            num_prompt_tokens=len(prompt),
             slot=slot,
             pages=tuple(range(4 * slot, 4 * slot + 4)),
             is_every_chunk_sampled=True,

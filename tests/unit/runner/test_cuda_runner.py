@@ -17,6 +17,7 @@ from backend.errors import ConfigError, EngineFailure
 from backend.runner.cuda.runner import CudaRunner
 from backend.runner.cuda.step_tokens import lay_out
 from backend.runner.model_runner import ModelRunner
+from kernels.prefill_attention import Chunk
 from tests.checkpoints import TinyConfig, make_checkpoint, random_tensors, write_shards
 from tests.emulator import toolchain
 from tests.emulator.device import PLAIN, EmulatedDevice
@@ -200,13 +201,15 @@ def test_nan_is_reported_by_slot(tmp_path: Path) -> None:
 def test_tokens_of_a_plan() -> None:
     rows = (
         PlanRow(3, 40, 1, (), (0,), True),
-        PlanRow(1, 100, 30, tuple(range(100, 130)), (1, 2, 3), True, num_prompt_logprobs=0),
         PlanRow(0, 8, 2, (5, 6), (4,), True, num_forced=1),
+        PlanRow(1, 100, 30, tuple(range(100, 130)), (1, 2, 3), True, num_prompt_logprobs=0),
         PlanRow(2, 0, 1, (9,), (4,), False, num_prompt_logprobs=2),
     )
-    tokens = lay_out(StepPlan(0, rows), [(), tuple(range(130)), (9, 9), ()])
-    assert tokens.token_ids.tolist() == [-4, *range(100, 130), 5, 6, 9]
-    assert tokens.slots.tolist() == [3, *[1] * 30, 0, 0, 2]
-    assert tokens.positions.tolist() == [40, *range(100, 130), 8, 9, 0]
-    assert tokens.sampled == (0, 30, 32)
-    assert tokens.scored == (range(1, 30), range(33, 34))
+    tokens = lay_out(StepPlan(0, rows), [(1, 2), tuple(range(130)), (9, 9), ()])
+    assert tokens.token_ids.tolist() == [-4, 5, 6, *range(100, 130), 9]
+    assert tokens.slots.tolist() == [3, 0, 0, *[1] * 30, 2]
+    assert tokens.positions.tolist() == [40, 8, 9, *range(100, 130), 0]
+    assert tokens.num_generated == 3
+    assert tokens.chunks == (Chunk(1, 100, 30), Chunk(2, 0, 1))
+    assert tokens.sampled == (0, 2, 32)
+    assert tokens.scored == (range(3, 32), range(33, 34))
