@@ -72,6 +72,7 @@ def build_engine(settings: Settings, outbox: Outbox) -> Engine:
         max_queued_tokens=settings.max_queued_tokens,
         has_prefix_cache=settings.prefix_cache,
         max_unsent_tokens=settings.max_unsent_tokens,
+        caches_outputs=served.runner.caches_outputs,
         max_num_seqs=served.runner.max_num_seqs,
         max_step_tokens=settings.max_step_tokens,
         max_queued_requests=settings.max_queued_requests,

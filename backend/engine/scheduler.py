@@ -32,6 +32,7 @@ class SchedulerLimits:
     """Bounds of a step, of memory, of the queue and of what a stream may be ahead of its client.
 
     0 means none for `default_deadline_ms`, `max_queued_tokens` and `max_unsent_tokens`.
+    `caches_outputs`: pages with generated tokens are found by prompts too; the runner's `caches_outputs` says where that may be.
     """
 
     num_pages: int
@@ -43,6 +44,7 @@ class SchedulerLimits:
     max_queued_tokens: int = 0
     has_prefix_cache: bool = True
     max_unsent_tokens: int = 0
+    caches_outputs: bool = True
 
 
 class Scheduler:
@@ -226,7 +228,8 @@ class Scheduler:
             if row.token_ids and row.start < sequence.num_prompt_tokens <= num_committed and sequence.index == 0:
                 self._waiting.add_siblings(sequence.group)
             if num_committed % PAGE_TOKENS < num_tokens:
-                self._memory.name_full_pages(sequence.kv, num_committed, sequence.token_ids)
+                nameable = sequence.token_ids if self.limits.caches_outputs else sequence.request.prompt_token_ids
+                self._memory.name_full_pages(sequence.kv, num_committed, nameable)
             if sequence.phase is finished and sequence.is_releasable:
                 self._release(sequence)
         assert next(drawn, None) is None, "more ids than sampled rows"

@@ -166,6 +166,7 @@ class RecordedRunner:
     num_pages = LIMITS.num_pages
     num_host_pages = 0
     max_num_seqs = LIMITS.max_num_seqs
+    caches_outputs = True
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
