@@ -18,7 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: serve setup kernels test-gpu bench-gpu check test tools helm-check observability-check drain-check image-check audit test-demo-kernels soak test-fuzz test-lm-eval browser lock clean help
+.PHONY: serve setup kernels test-gpu bench-gpu check test tools helm-check observability-check drain-check image-check audit test-demo-kernels conformance soak test-fuzz test-lm-eval browser lock clean help
 
 # The server binary comes with a wheel unless an installed tritonserver is there.
 SERVER_LOCKS := requirements/server.txt $(if $(wildcard /opt/tritonserver/bin/tritonserver),,requirements/triton.txt)
@@ -65,6 +65,9 @@ helm-check: .venv/.ready-tests tools  ## The chart: lint, render by helm 3 and 4
 
 test-demo-kernels: .venv/.ready-tests  ## The CUDA runner, emulated, answers every question of the demo as PyTorch does (half an hour)
 	DEMO_QUESTIONS=all .venv/bin/pytest -rP tests/unit/runner/test_cuda_against_torch.py -k demo_checkpoint
+
+conformance: .venv/.ready-tests  ## Every row of the contract with clients, by its tests; writes the table of tests/conformance
+	.venv/bin/python -m tests.conformance
 
 soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, also with too few pages (about 5 minutes)
 	.venv/bin/python -m tests.triton.soak
