@@ -35,8 +35,8 @@ def run(tests: Iterable[str]) -> dict[str, Outcome]:
     """The outcome of each of these tests."""
     watcher = Watcher()
     names = [str(TESTS / test) for test in tests]
-    pytest.main(["--quiet", f"--rootdir={TESTS.parent}", *names], plugins=[watcher])
     date, commit = datetime.datetime.now(datetime.UTC).date().isoformat(), _commit()
+    pytest.main(["--quiet", f"--rootdir={TESTS.parent}", *names], plugins=[watcher])
     return {
         test: Outcome(outcome_of(outcomes), len(outcomes), date, commit) for test, outcomes in watcher.outcomes.items()
     }
