@@ -98,8 +98,9 @@ def test_a_full_disk_ends_the_recording_and_not_the_engine(caplog: pytest.LogCap
     limits, turns = random_load(4)
     expected, _ = recorded(limits, turns)
     trace = Trace(limits, 1, MOST_COMPILE_TURNS)
-    trace.scheduler = RecordingScheduler(limits, TOKEN_BYTES, EOS_ID, Path("/dev/full").open("wb"))
-    trace.play(turns)
+    with Path("/dev/full").open("wb") as full:
+        trace.scheduler = RecordingScheduler(limits, TOKEN_BYTES, EOS_ID, full)
+        trace.play(turns)
     assert trace.plans == expected.plans
     (line,) = caplog.messages
     assert line == "the recording /dev/full ends here, it cannot be written: No space left on device"
