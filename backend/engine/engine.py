@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
@@ -91,9 +92,16 @@ class Engine:
     def run(self) -> None:
         """Serve until `stop`. An exception of the runner ends the loop: its state cannot be trusted afterwards."""
         try:
+            self._start_guide_threads()
             self._run()
         finally:
             self._guide_threads.shutdown(wait=False, cancel_futures=True)
+
+    def _start_guide_threads(self) -> None:
+        """All at once, before anything is served: one that was started later, without memory for it, would hang the loop."""
+        started = threading.Barrier(_NUM_GUIDE_THREADS)
+        for _ in range(_NUM_GUIDE_THREADS):
+            self._guide_threads.submit(started.wait)
 
     def _run(self) -> None:
         in_flight: Launched | None = None
@@ -180,4 +188,5 @@ class Engine:
             if order is None:
                 self._is_stopping = True
                 return events
+            self._turn_started_s = self._turn_started_s or time.monotonic()  # an order that hangs is a turn that hangs
             events += order()

@@ -122,8 +122,17 @@ def report_life(engine: Engine, outbox: Outbox) -> None:
         time.sleep(_LIFE_PERIOD_S)
 
 
+def end_process(uncaught: threading.ExceptHookArgs) -> None:
+    """A thread is gone (out of memory, or a bug of ours) and others would wait for it for ever: the owner answers them all."""
+    try:
+        log.critical("the thread %s failed", uncaught.thread and uncaught.thread.name, exc_info=uncaught.exc_value)
+    finally:
+        os._exit(1)
+
+
 def main(file_descriptor: int) -> int:
     """Serve the owner at the other end of the socket; the exit status is 0 only after it closed the connection."""
+    threading.excepthook = end_process
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     sys.setswitchinterval(messages.SWITCH_INTERVAL_S)
@@ -149,6 +158,9 @@ def main(file_descriptor: int) -> int:
 
 
 if __name__ == "__main__":
-    status = main(int(sys.argv[1]))
-    sys.stderr.flush()
-    os._exit(status)  # threads of torch and of the reader have nothing left to say
+    status = 1
+    try:
+        status = main(int(sys.argv[1]))
+        sys.stderr.flush()
+    finally:
+        os._exit(status)  # threads of torch and of the reader have nothing left to say

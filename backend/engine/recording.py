@@ -10,7 +10,9 @@ which it does. A file holds frames: a length in four bytes, then MessagePack. It
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +30,7 @@ from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
 from backend.engine.sequence import Guide, Mask
 from backend.errors import NemoError, QueueFull
 
+log = logging.getLogger("nemo.engine")
 _DIGEST_BYTES = 8
 _LENGTH_BYTES = 4
 CompileGuide = Callable[[GuideSpec, int], Guide]
@@ -104,11 +107,14 @@ _decoder = msgspec.msgpack.Decoder(Frame)
 
 
 class RecordingScheduler(Scheduler):
-    """A Scheduler that writes down every call before it carries it out; `file` is flushed whenever nothing is left to do."""
+    """A Scheduler that writes down every call before it carries it out; `file` is flushed whenever nothing is left to do.
+
+    When the file cannot be written any more (a full disk), the recording ends there, the log says so, and serving goes on.
+    """
 
     def __init__(self, limits: SchedulerLimits, token_bytes: Sequence[bytes], eos_id: int, file: BinaryIO) -> None:
         super().__init__(limits, token_bytes, eos_id)
-        self._file = file
+        self._file: BinaryIO | None = file
         self._write(Began(limits, eos_id, vocabulary_digest(token_bytes)))
 
     def add(self, request: GenerationRequest, now_ns: int, guide: Guide | None = None) -> None:
@@ -159,12 +165,24 @@ class RecordingScheduler(Scheduler):
         self._write(Committed(result, now_ns))
         events = super().commit(plan, result, now_ns)
         if not self.has_work:
-            self._file.flush()
+            self._write(None)
         return events
 
-    def _write(self, frame: Frame) -> None:
-        encoded = msgspec.msgpack.encode(frame)
-        self._file.write(len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded)
+    def _write(self, frame: Frame | None) -> None:
+        """Write a frame, or with None all that is still buffered."""
+        if self._file is None:
+            return
+        try:
+            if frame is None:
+                self._file.flush()
+            else:
+                encoded = msgspec.msgpack.encode(frame)
+                self._file.write(len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded)
+        except OSError as error:
+            log.error("the recording %s ends here, it cannot be written: %s", self._file.name, error.strerror)
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):  # it would write what it still holds
+                file.close()
 
 
 class Replay:

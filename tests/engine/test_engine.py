@@ -18,6 +18,7 @@ from backend.engine.events import STEP_TIME_BOUNDS_S, EngineStats, FailureKind, 
 from backend.engine.plan import StepPlan, StepResult
 from backend.engine.request import GenerationRequest, GuideSpec, SamplingParams
 from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
+from backend.engine.sequence import Guide
 from backend.errors import RequestError
 from backend.runner.fake_runner import FakeRunner
 from backend.runner.model_runner import Mask
@@ -308,6 +309,49 @@ def test_the_age_of_a_turn_grows_while_a_step_hangs_and_is_0_when_idle() -> None
     engine.stop()
     thread.join(TIMEOUT_S)
     assert not thread.is_alive()
+
+
+def test_the_age_of_a_turn_grows_while_an_order_hangs() -> None:
+    hanging, release = threading.Event(), threading.Event()
+
+    class HangingScheduler(Scheduler):
+        def abort_request_id(self, request_id: str) -> list[Event]:
+            hanging.set()
+            assert release.wait(TIMEOUT_S)
+            return super().abort_request_id(request_id)
+
+    engine = Engine(HangingScheduler(LIMITS, TOKEN_BYTES, EOS), RecordedRunner(), Recorder().emit)
+    thread = threading.Thread(target=engine.run)
+    thread.start()
+    engine.abort_request_id("x")
+    assert hanging.wait(TIMEOUT_S)
+    wait_until(lambda: engine.turn_age_s > 0.04)
+    release.set()
+    wait_until(lambda: engine.turn_age_s == 0)
+    engine.stop()
+    thread.join(TIMEOUT_S)
+    assert not thread.is_alive()
+
+
+def test_no_thread_is_started_while_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that cannot be started, without memory for it, would hang the loop."""
+
+    def refuse(*_: Any) -> Guide:
+        raise RequestError("guided_decoding_guide", "is not usable")
+
+    recorder = Recorder()
+    engine = Engine(Scheduler(LIMITS, TOKEN_BYTES, EOS), RecordedRunner(), recorder.emit, refuse)
+    thread = threading.Thread(target=engine.run)
+    thread.start()
+    engine.submit(ask(1))
+    recorder.wait_for(lambda: recorder.is_ended(1))
+    with monkeypatch.context() as without_memory:
+        without_memory.setattr(threading.Thread, "start", lambda _: pytest.fail("a thread is started"))
+        engine.submit(ask(2, guide=GUIDE))
+        recorder.wait_for(lambda: recorder.is_ended(2))
+    engine.stop()
+    thread.join(TIMEOUT_S)
+    assert isinstance(recorder.of(2)[0], RequestFailed)
 
 
 @pytest.mark.parametrize("failing", ["launch", "result"])
