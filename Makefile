@@ -66,8 +66,8 @@ helm-check: .venv/.ready-tests tools  ## The chart: lint, render by helm 3 and 4
 test-demo-kernels: .venv/.ready-tests  ## The CUDA runner, emulated, answers every question of the demo as PyTorch does (half an hour)
 	DEMO_QUESTIONS=all .venv/bin/pytest -rP tests/unit/runner/test_cuda_against_torch.py -k demo_checkpoint
 
-soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, also with too few pages (about 5 minutes)
-	.venv/bin/python -m tests.triton.soak
+soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, about 5 minutes; MINUTES=30: so long, with memory and handles watched
+	.venv/bin/python -m tests.triton.soak $(if $(MINUTES),--minutes '$(MINUTES)')
 
 test-fuzz: .venv/.ready-tests  ## Ten minutes of requests drawn from the gateway's OpenAPI document
 	FUZZ_SECONDS=600 FUZZ_EXAMPLES=1000 .venv/bin/pytest -rP tests/gateway/test_fuzz.py

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from backend.errors import NemoError, RequestError, shown
+from backend.errors import NemoError, RequestError, one_line, shown
 
 
 class Inputs:
@@ -72,7 +72,9 @@ def refuse_parameters(request: Any, known_inputs: Iterable[str]) -> None:
         if name == "id" or name.startswith("triton_"):
             continue  # Triton's own: the request id of /generate, and triton_enable_empty_final_response
         listed = ", ".join(sorted(known_inputs))
-        raise RequestError(name, f"is not an input of this model (value {shown(value)}); inputs are: {listed}")
+        raise RequestError(
+            one_line(name), f"is not an input of this model (value {shown(value)}); inputs are: {listed}"
+        )
 
 
 def input_names(model_config: dict[str, Any]) -> tuple[str, ...]:

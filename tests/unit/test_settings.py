@@ -124,6 +124,11 @@ def test_a_damaged_model_configuration_is_refused_by_name(tmp_path: Path, conten
 def test_a_missing_model_configuration_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.pbtxt: cannot be read as a model configuration"):
         read_model_parameters(tmp_path / "none.pbtxt")
+    path.write_bytes(b'name: "\xff"')
+    with pytest.raises(
+        ConfigError, match=r"config\.pbtxt: cannot be read as a model configuration: .*invalid start byte"
+    ):
+        read_model_parameters(path)
 
 
 def test_the_table_has_a_row_for_every_setting() -> None:
