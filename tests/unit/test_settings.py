@@ -113,10 +113,10 @@ def test_parameters_are_read_from_a_model_configuration(tmp_path: Path) -> None:
     assert read_model_parameters(path) == {"max_num_seqs": "4"}
 
 
-@pytest.mark.parametrize("content", ["name: ", "no_such_field: 1"])
-def test_a_damaged_model_configuration_is_refused_by_name(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", [b"name: ", b"no_such_field: 1", b'name: "\xff"'])
+def test_a_damaged_model_configuration_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "config.pbtxt"
-    path.write_text(content)
+    path.write_bytes(content)
     with pytest.raises(ConfigError, match=re.escape(f"{path}: cannot be read as a model configuration")):
         read_model_parameters(path)
 
@@ -124,11 +124,6 @@ def test_a_damaged_model_configuration_is_refused_by_name(tmp_path: Path, conten
 def test_a_missing_model_configuration_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.pbtxt: cannot be read as a model configuration"):
         read_model_parameters(tmp_path / "none.pbtxt")
-    path.write_bytes(b'name: "\xff"')
-    with pytest.raises(
-        ConfigError, match=r"config\.pbtxt: cannot be read as a model configuration: .*invalid start byte"
-    ):
-        read_model_parameters(path)
 
 
 def test_the_table_has_a_row_for_every_setting() -> None:
