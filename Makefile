@@ -69,7 +69,8 @@ test-demo-kernels: .venv/.ready-tests  ## The CUDA runner, emulated, answers eve
 soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, about 5 minutes; MINUTES=30: so long, with memory and handles watched
 	.venv/bin/python -m tests.triton.soak $(if $(MINUTES),--minutes '$(MINUTES)')
 
-test-fuzz: .venv/.ready-tests  ## Ten minutes of requests drawn from the gateway's OpenAPI document
+test-fuzz: .venv/.ready-tests  ## Tens of thousands of bad inputs: files, requests, settings, a live server; ten minutes of the gateway's OpenAPI
+	FUZZ=full .venv/bin/pytest -v -s tests/fuzz
 	FUZZ_SECONDS=600 FUZZ_EXAMPLES=1000 .venv/bin/pytest -rP tests/gateway/test_fuzz.py
 
 # lm-eval wants NumPy 2.

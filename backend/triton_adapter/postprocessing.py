@@ -54,7 +54,7 @@ class Postprocessing:
             except RequestError as error:
                 answer = tensors.error_response(error)
             except Exception as error:  # a bug of ours must fail this request alone
-                log.exception("request %r failed", request.request_id())
+                log.exception("request %r failed", tensors.request_id(request))
                 answer = tensors.error_response(error)
             if answer is None:
                 sender.send(flags=tensors.FINAL)
@@ -71,7 +71,7 @@ class Postprocessing:
         with _blaming("stream_chunk"):
             chunk = StreamChunk.unpack(inputs.pop("stream_chunk").as_numpy())
         if request.is_cancelled():
-            self._abort(chunk.handle, request.request_id())
+            self._abort(chunk.handle, tensors.request_id(request))
             return None
         if chunk.is_beat:
             return None

@@ -11,13 +11,16 @@ from hypothesis import HealthCheck, Phase, settings
 IS_FULL = os.environ.get("FUZZ", "") == "full"
 
 
-def cases(small: int, full: int) -> Callable[[Any], Any]:
-    """Settings of a hypothesis test. Damage is drawn from large samples, which hypothesis would call slow."""
+def cases(small: int, full: int, *, is_shrunk: bool = True) -> Callable[[Any], Any]:
+    """Settings of a hypothesis test; `is_shrunk` not where the first failure may leave nothing that could fail again.
+
+    Damage is drawn from large samples, which hypothesis would call slow.
+    """
     return settings(
         max_examples=full if IS_FULL else small,
         derandomize=not IS_FULL,
         database=None,
         deadline=None,
-        phases=(Phase.explicit, Phase.generate, Phase.shrink),
+        phases=(Phase.generate, Phase.shrink) if is_shrunk else (Phase.generate,),
         suppress_health_check=list(HealthCheck),
     )

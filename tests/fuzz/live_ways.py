@@ -103,8 +103,9 @@ class RawGrpc:
         """Close the connection."""
         self._channel.close()
 
-    def infer(self, request: Any) -> None:
-        """One request and everything that comes of it: answers, or the caller's mistake."""
+    def infer(self, content: bytes) -> None:
+        """One serialised ModelInferRequest and everything that comes of it: answers, or the caller's mistake."""
+        request = service_pb2.ModelInferRequest.FromString(content)
         try:
             if request.model_name == "preprocessing":
                 self._stub.ModelInfer(request, timeout=TIMEOUT_S)
@@ -118,8 +119,8 @@ class RawGrpc:
 
 
 @st.composite
-def raw_requests(draw: st.DrawFn) -> Any:
-    """A ModelInferRequest for one of the models: tensors of any name, datatype, shape and content."""
+def raw_requests(draw: st.DrawFn) -> bytes:
+    """A serialised ModelInferRequest for one of the models: tensors of any name, datatype, shape and content."""
     model = draw(
         st.sampled_from(("ensemble", "ensemble", "mistral_nemo", "postprocessing", "preprocessing", "nothing"))
     )
@@ -147,7 +148,8 @@ def raw_requests(draw: st.DrawFn) -> Any:
         ].CopyFrom(service_pb2.InferParameter(int64_param=draw(st.integers(-(2**63), 2**63 - 1))))
     if draw(st.integers(0, 9)) == 0:
         request.outputs.add(name=draw(st.sampled_from(("text_output", "nothing", ""))))
-    return request
+    content: bytes = request.SerializeToString()
+    return content
 
 
 def _add(request: Any, name: str, datatype: str, shape: list[int], content: bytes) -> None:

@@ -18,6 +18,7 @@ from tests.fuzz.damage import TEXTS, damaged_bytes, damaged_json, json_text
 from tests.fuzz.live_ways import RawGrpc, check_gateway, check_triton, exchange, http_request, raw_requests
 from tests.fuzz.parser import Case
 from tests.fuzz.request_parsers import MESSAGES, TOOLS, WHOLE
+from tests.fuzz.watch import keep_case
 from tests.triton.calls import ask
 from tests.triton.live_server import LiveServer, http_get, wait_until
 from tests.triton.metrics import read_metrics, wait_until_idle
@@ -68,6 +69,13 @@ BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/tokenize", {"model": "mistral-nemo", "messages": MESSAGES}),
     ("/tokenize", {"prompt": "Hello", "add_special_tokens": False}),
     ("/detokenize", {"tokens": [1, 1500, 1501]}),
+)
+
+TRITONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("ensemble", WHOLE),
+    ("ensemble", {"messages": json.dumps(MESSAGES), "tools": json.dumps(TOOLS), "max_tokens": 4}),
+    ("mistral_nemo", {"prompt_token_ids": [1, 1500], "max_tokens": 4, "stop_words": ["a"]}),
+    ("postprocessing", {"token_ids": [1500, 1501]}),
 )
 
 
@@ -132,15 +140,21 @@ def _more_files(server: LiveServer, before: dict[str, float]) -> dict[str, float
     return {name: count for name, count in now.items() if count > before.get(name, count) + MORE_FILES}
 
 
-def run_cases(server: LiveServer, strategy: st.SearchStrategy[Any], send: Callable[[Any], None], full: int) -> None:
+def run_cases(server: LiveServer, strategy: st.SearchStrategy[bytes], send: Callable[[bytes], None], full: int) -> None:
+    """Send drawn requests, as bytes, one after the other; the server must be there after each."""
     count = 0
 
-    @cases(small=12, full=full)
-    @given(strategy)
-    def run(case: Any) -> None:
+    @cases(small=12, full=full, is_shrunk=False)
+    @given(strategy.map(Case))
+    def run(case: Case) -> None:
         nonlocal count
         count += 1
-        send(case)
+        try:
+            send(case.content)
+            assert server.is_ready()
+        except BaseException as error:
+            keep_case(error, case.content)
+            raise
 
     with beside(server):
         run()
@@ -148,62 +162,44 @@ def run_cases(server: LiveServer, strategy: st.SearchStrategy[Any], send: Callab
 
 
 @st.composite
-def bodies(draw: st.DrawFn, samples: tuple[tuple[str, dict[str, Any]], ...]) -> tuple[str, Case]:
+def bodies(draw: st.DrawFn, samples: tuple[tuple[str, dict[str, Any]], ...]) -> bytes:
+    """Whole HTTP requests with damaged bodies."""
     path, body = draw(st.sampled_from(samples))
-    if draw(st.integers(0, 3)) == 0:
-        return path, Case(damaged_bytes(draw, json.dumps(body).encode()))
-    return path, Case(json_text(damaged_json(draw, body)))
+    is_text = draw(st.integers(0, 3)) == 0
+    content = damaged_bytes(draw, json.dumps(body).encode()) if is_text else json_text(damaged_json(draw, body))
+    return http_request(path, content, (("Content-Type", "application/json"),))
 
 
 @st.composite
-def heads(draw: st.DrawFn) -> Case:
-    """A whole HTTP request with odd headers, or damaged as bytes."""
+def heads(draw: st.DrawFn) -> bytes:
+    """Whole HTTP requests with odd paths and headers, or damaged as bytes."""
     path, body = draw(st.sampled_from(BODIES))
     names = st.sampled_from(_HEADERS)
     values = st.sampled_from([text[:5000].replace("\n", "\\n") for text in TEXTS])
     headers = tuple(draw(st.lists(st.tuples(names, values), max_size=4)))
     path += draw(st.sampled_from(("", "?x=%00", "/../../etc/passwd", "%2e%2e", "/" + "x" * 9000)))
     request = http_request(path, json.dumps(body).encode(), (("Content-Type", "application/json"), *headers))
-    return Case(damaged_bytes(draw, request) if draw(st.booleans()) else request)
+    return damaged_bytes(draw, request) if draw(st.booleans()) else request
 
 
 @pytest.mark.timeout(3600)
 def test_tritons_http(server: LiveServer) -> None:
     samples = tuple(
-        (f"/v2/models/{model}/{kind}", body)
-        for kind in ("generate", "generate_stream")
-        for model, body in (
-            ("ensemble", WHOLE),
-            ("ensemble", {"messages": json.dumps(MESSAGES), "tools": json.dumps(TOOLS), "max_tokens": 4}),
-            ("mistral_nemo", {"prompt_token_ids": [1, 1500], "max_tokens": 4, "stop_words": ["a"]}),
-            ("postprocessing", {"token_ids": [1500, 1501]}),
-        )
+        (f"/v2/models/{model}/{kind}", body) for kind in ("generate", "generate_stream") for model, body in TRITONS
     )
-
-    def send(case: tuple[str, Case]) -> None:
-        check_triton(exchange(server.http_port, http_request(case[0], case[1].content)))
-
-    run_cases(server, bodies(samples), send, full=600)
+    run_cases(server, bodies(samples), lambda content: check_triton(exchange(server.http_port, content)), full=700)
 
 
 @pytest.mark.timeout(3600)
 def test_tritons_grpc(server: LiveServer) -> None:
     client = RawGrpc(server)
     try:
-        run_cases(server, raw_requests(), client.infer, full=600)
+        run_cases(server, raw_requests(), client.infer, full=700)
     finally:
         client.close()
 
 
 @pytest.mark.timeout(3600)
-def test_the_gateway(server: LiveServer) -> None:
-    def send(case: tuple[str, Case]) -> None:
-        headers = (("Content-Type", "application/json"),)
-        check_gateway(exchange(server.openai_port, http_request(case[0], case[1].content, headers)))
-
-    run_cases(server, bodies(BODIES), send, full=800)
-
-
-@pytest.mark.timeout(3600)
-def test_headers_of_the_gateway(server: LiveServer) -> None:
-    run_cases(server, heads(), lambda case: check_gateway(exchange(server.openai_port, case.content)), full=400)
+@pytest.mark.parametrize("strategy", [bodies(BODIES), heads()], ids=["bodies", "heads"])
+def test_the_gateway(server: LiveServer, strategy: st.SearchStrategy[bytes]) -> None:
+    run_cases(server, strategy, lambda content: check_gateway(exchange(server.openai_port, content)), full=600)

@@ -53,11 +53,16 @@ def refusal_of(parse: Callable[[bytes], object], content: bytes) -> Exception | 
         check_message(str(error))
         return error
     except BaseException as error:
-        path = Path(tempfile.gettempdir(), f"case-{hashlib.sha256(content).hexdigest()[:16]}")
-        path.write_bytes(content)
-        error.add_note(f"the case is kept in {path}")
+        keep_case(error, content)
         raise
     return None
+
+
+def keep_case(error: BaseException, content: bytes) -> None:
+    """Write a case that broke a promise to a file, which a note of the error names."""
+    path = Path(tempfile.gettempdir(), f"case-{hashlib.sha256(content).hexdigest()[:16]}")
+    path.write_bytes(content)
+    error.add_note(f"the case is kept in {path}")
 
 
 def check_message(message: str) -> None:

@@ -79,8 +79,10 @@ def long_soak(checkpoint: Path, folder: Path, seed: int, at_once: int, seconds: 
         wait_until(lambda: http_get(server.openai_port, "/v1/health/ready")[0] == 200, 30.0, server.log)
         truths = make_truths(server, seed, NUM_TRUTHS, progress=True)
         print(f"soak for {seconds:.0f} s: {SETTINGS}", file=sys.stderr, flush=True)
-        with UsageSampler(server) as sampler, _GatewayLoad(server) as load:
-            report = soak(server, _calls_for(seconds, truths, seed), at_once, 2 * seconds + 600, progress=True)
+        load = _GatewayLoad(server)
+        with UsageSampler(server) as sampler:
+            calls = _calls_for(seconds, truths, seed)
+            report = soak(server, calls, at_once, 2 * seconds + 600, progress=True, beside=load)
         server.stop()
     finally:
         server.kill_everything()
@@ -109,24 +111,27 @@ def _calls_for(seconds: float, truths: Sequence[Truth], seed: int) -> Iterator[C
 
 
 class _GatewayLoad:
-    """The same completion again and again through the gateway, streamed and not, from entering the context to leaving it."""
+    """The same completion again and again through the gateway, streamed and not."""
 
     def __init__(self, server: LiveServer) -> None:
         self._server = server
         self._is_over = threading.Event()
         self._pool = ThreadPoolExecutor(GATEWAY_AT_ONCE)
+        self._lock = threading.Lock()
         self.num_calls = 0
         self.problems: list[str] = []
+        self._expected = self._complete(is_streamed=False)
 
-    def __enter__(self) -> _GatewayLoad:
-        expected = self._complete(is_streamed=False)
+    def start(self) -> None:
+        """Ask until `end`."""
         for _ in range(GATEWAY_AT_ONCE):
-            self._pool.submit(self._run, expected)
-        return self
+            self._pool.submit(self._run, self._expected)
 
-    def __exit__(self, *_: object) -> None:
+    def end(self) -> int:
+        """Ask nothing more; the number of requests that were."""
         self._is_over.set()
         self._pool.shutdown()
+        return self.num_calls
 
     def _run(self, expected: str) -> None:
         for number in itertools.count():
@@ -137,7 +142,8 @@ class _GatewayLoad:
                 assert text == expected, f"another text: {text!r}"
             except Exception as error:  # whatever it is, it is an answer that is not right
                 self.problems.append(f"gateway: {type(error).__name__}: {error}")
-            self.num_calls += 1
+            with self._lock:
+                self.num_calls += 1
 
     def _complete(self, *, is_streamed: bool) -> str:
         body = {"model": "mistral-nemo", "prompt": "Once upon a time", "max_tokens": 40, "temperature": 0}

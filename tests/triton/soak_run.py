@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from tests.triton.live_server import LiveServer
 from tests.triton.metrics import read_metrics, wait_until_idle
@@ -51,6 +51,14 @@ class SoakReport:
         return "\n".join(lines)
 
 
+class Beside(Protocol):
+    """Something else that asks the server, from `start` on; `end` says how many requests that were."""
+
+    def start(self) -> None: ...
+
+    def end(self) -> int: ...
+
+
 def make_truths(server: LiveServer, seed: int, count: int, *, progress: bool = False) -> list[Truth]:
     """`count` distinct requests, each served by itself."""
     truths = []
@@ -68,20 +76,28 @@ def make_calls(truths: Sequence[Truth], seed: int, count: int) -> list[Call]:
 
 
 def soak(
-    server: LiveServer, calls: Iterable[Call], at_once: int, max_seconds: float, progress: bool, num_calls: int = 0
+    server: LiveServer,
+    calls: Iterable[Call],
+    at_once: int,
+    max_seconds: float,
+    progress: bool,
+    num_calls: int = 0,
+    beside: Beside | None = None,
 ) -> SoakReport:
     """Send all calls, `at_once` at a time, and hold every answer and the metrics against what must be.
 
     `calls` may be drawn while it runs; whatever of them is not sent within `max_seconds` is a problem. `num_calls`, if known,
-    is for the lines of progress.
+    is for the lines of progress. `beside` asks the server at the same time.
     """
     wait_until_idle(server, _IDLE_TIMEOUT_S)
     before, tally = read_metrics(server), _Tally(num_calls)
     end_s = tally.started_s + max_seconds
-    remaining, lock = iter(calls), threading.Lock()
+    if beside is not None:
+        beside.start()
+    remaining, lock, is_over = iter(calls), threading.Lock(), threading.Event()
 
     def work() -> None:
-        while time.monotonic() < end_s:
+        while time.monotonic() < end_s and not is_over.is_set():
             with lock:
                 call = next(remaining, None)
             if call is None:
@@ -93,9 +109,14 @@ def soak(
 
     with ThreadPoolExecutor(at_once) as pool:
         workers = [pool.submit(work) for _ in range(at_once)]
-        while wait(workers, _PROGRESS_PERIOD_S).not_done:
-            if progress:
-                print(tally, file=sys.stderr, flush=True)
+        try:
+            while wait(workers, _PROGRESS_PERIOD_S).not_done:
+                if progress:
+                    print(tally, file=sys.stderr, flush=True)
+        finally:
+            is_over.set()  # also when this is interrupted
+    if beside is not None:
+        tally.num_others = beside.end()
     wall_s = time.monotonic() - tally.started_s
     problems = tally.problems
     if next(remaining, None) is not None:
@@ -125,7 +146,7 @@ class _Tally:
     def __init__(self, num_expected: int) -> None:
         self.started_s = time.monotonic()
         self.num_calls = self.num_tokens = 0
-        self.num_reaching = self.num_surely_reaching = 0
+        self.num_reaching = self.num_surely_reaching = self.num_others = 0
         self.fates: Counter[str] = Counter()
         self.problems: list[str] = []
         self._num_expected = num_expected
@@ -167,7 +188,8 @@ def _accounts(tally: _Tally, before: dict[str, float], after: dict[str, float]) 
     if after["nemo_engine_restarts_total"] != before["nemo_engine_restarts_total"]:
         problems.append("the engine was restarted")
     answered = sum(after[name] - before[name] for name in ("request_success_total", "request_failure_total"))
-    if not tally.num_surely_reaching <= answered <= tally.num_reaching:
-        reached = f"{tally.num_surely_reaching} to {tally.num_reaching}"
+    least, most = tally.num_surely_reaching + tally.num_others, tally.num_reaching + tally.num_others
+    if not least <= answered <= most:
+        reached = f"{least} to {most}"
         problems.append(f"{answered:.0f} requests were answered, of {reached} that reached the engine")
     return problems
