@@ -76,10 +76,11 @@ faults: .venv/.ready-tests  ## Everything that may happen to the server from out
 	FAULTS=all .venv/bin/pytest -rs tests/triton/test_deaths.py tests/triton/test_shutdown.py tests/triton/test_host_faults.py \
 	    tests/triton/test_clock.py tests/triton/test_bad_clients.py tests/triton/test_reload.py tests/triton/test_cancellation.py
 
-soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, also with too few pages (about 5 minutes)
-	.venv/bin/python -m tests.triton.soak
+soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, about 5 minutes; MINUTES=30: so long, with memory and handles watched
+	.venv/bin/python -m tests.triton.soak $(if $(MINUTES),--minutes '$(MINUTES)')
 
-test-fuzz: .venv/.ready-tests  ## Ten minutes of requests drawn from the gateway's OpenAPI document
+test-fuzz: .venv/.ready-tests  ## Tens of thousands of bad inputs: files, requests, settings, a live server; ten minutes of the gateway's OpenAPI
+	FUZZ=full .venv/bin/pytest -v -s tests/fuzz
 	FUZZ_SECONDS=600 FUZZ_EXAMPLES=1000 .venv/bin/pytest -rP tests/gateway/test_fuzz.py
 
 # lm-eval wants NumPy 2.

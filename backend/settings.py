@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from backend.errors import ConfigError, shown
+from backend.errors import ConfigError, one_line, shown
 
 ENVIRONMENT_PREFIX = "NEMO_"
 _TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
@@ -166,8 +166,8 @@ def read_model_parameters(config_path: Path) -> dict[str, str]:
 
     try:
         config = text_format.Parse(config_path.read_text(), model_config_pb2.ModelConfig())
-    except (OSError, text_format.ParseError) as error:
-        raise ConfigError(f"{config_path}: cannot be read as a model configuration: {error}") from error
+    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+        raise ConfigError(f"{config_path}: cannot be read as a model configuration: {one_line(str(error))}") from error
     return {name: parameter.string_value for name, parameter in config.parameters.items()}
 
 

@@ -19,6 +19,8 @@ from backend.triton_adapter.presence import RUN_DIR_VARIABLE
 MOST_CHUNKS = 32
 """Enough to keep postprocessing busy for about 20 ms."""
 _LOST_AFTER_S = 1.0
+_MOST_PLAUSIBLE = 2**16
+"""Anything beyond comes from a chunk that a client sent to postprocessing by hand; it says nothing."""
 _FILE = "last_chunk_seen"
 _NUMBER = struct.Struct("=i")
 _MODULUS = 2**31
@@ -66,11 +68,13 @@ class ChunkWindow:
         if self._memory is None:
             return False
         seen = self._last_seen()
-        if seen != self._seen or (self._sent - seen) % _MODULUS < MOST_CHUNKS:
+        is_full = MOST_CHUNKS <= (self._sent - seen) % _MODULUS < _MOST_PLAUSIBLE
+        if seen != self._seen or not is_full:
             self._seen, self._seen_at_s = seen, now_s
         elif now_s - self._seen_at_s > _LOST_AFTER_S:
             _NUMBER.pack_into(self._memory, 0, self._sent)
-        return (self._sent - self._last_seen()) % _MODULUS >= MOST_CHUNKS
+            return False
+        return is_full
 
     def _last_seen(self) -> int:
         number: int = 0 if self._memory is None else _NUMBER.unpack_from(self._memory, 0)[0]

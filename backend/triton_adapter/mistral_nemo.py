@@ -66,10 +66,10 @@ class MistralNemo:
                 self._accept(request, sender)
             except NemoError as error:
                 self._metrics.observe_failures(error)
-                log_failure(request.request_id(), error)
+                log_failure(tensors.request_id(request), error)
                 sender.send(tensors.error_response(error), flags=tensors.FINAL)
             except Exception as error:  # a bug of ours must fail this request alone
-                log.exception("request %r failed", request.request_id())
+                log.exception("request %r failed", tensors.request_id(request))
                 self._metrics.observe_failures(error)
                 sender.send(tensors.error_response(error), flags=tensors.FINAL)
 

@@ -71,6 +71,16 @@ def test_numbers_start_again_behind_the_largest() -> None:
     assert len(fill(window, 1.0)) == MOST_CHUNKS - 4
 
 
+@pytest.mark.parametrize("number", [5000, 2**30, 2**31 - 1])
+def test_a_number_that_was_never_sent_holds_nothing_up(number: int) -> None:
+    window, seen = ChunkWindow(), SeenChunks()
+    numbers = fill(window, 1.0)
+    seen.note(number)
+    assert not window.is_full(1.0)
+    seen.note(numbers[0])
+    assert len(fill(window, 1.0)) == 1
+
+
 def test_without_a_supervisor_there_is_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(RUN_DIR_VARIABLE)
     window = ChunkWindow()
