@@ -18,7 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: serve setup kernels test-gpu bench-gpu check test tools helm-check observability-check drain-check image-check audit test-demo-kernels soak test-fuzz test-lm-eval eval bench-tokenizers browser lock clean help
+.PHONY: serve setup kernels test-gpu bench-gpu check test tools helm-check observability-check drain-check image-check audit test-demo-kernels soak test-fuzz test-lm-eval eval bench-tokenizers bench-peers browser lock clean help
 
 # The server binary comes with a wheel unless an installed tritonserver is there.
 SERVER_LOCKS := requirements/server.txt $(if $(wildcard /opt/tritonserver/bin/tritonserver),,requirements/triton.txt)
@@ -86,6 +86,9 @@ eval: .venv/.ready-tests .venv-lm-eval/.ready  ## Scores through the server in e
 bench-tokenizers: .venv/.ready-tests .venv-peers/.ready  ## Tekken's tokens per text against SentencePiece; MB/s of tokenizers (3 minutes; Debian's texts)
 	.venv/bin/python -m tests.bench.bench_tekken
 	.venv/bin/python -m tests.bench.bench_tokenizers
+
+bench-peers: .venv/.ready-tests .venv-peers/.ready  ## The serving path beside what one would use instead, on the CPU (about 6 minutes)
+	.venv/bin/python -m tests.bench.bench_peers
 
 # What others serve with, and plots: they want NumPy 2.
 .venv-peers/.ready: | .venv/bin/python

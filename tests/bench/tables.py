@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -130,6 +131,26 @@ def tokenizers_table(results: dict[str, Any]) -> str:
         different = sum(cell["num_different"] for cell in cells)
         lines.append(
             f"| {way} | {single:.1f} | {min(rates):.1f} .. {max(rates):.1f} | {batched:.1f} | {decode:.1f} | {different} |"
+        )
+    return "\n".join(lines)
+
+
+def peers_table(results: dict[str, Any]) -> str:
+    """Of bench_peers: for each engine and number of streams every way, its speed also as a multiple of the first's."""
+    lines = [
+        "| engine | streams | way | tokens/s | of the first | first token p50, ms | p99 | memory, MB |",
+        "|---|---:|---|" + "---:|" * 5,
+    ]
+    firsts: dict[tuple[str, int], float] = {}
+    cells = sorted(
+        results["cells"], key=lambda cell: (cell["engine"] != results["cells"][0]["engine"], cell["streams"])
+    )
+    for cell in cells:
+        first = firsts.setdefault((cell["engine"], cell["streams"]), cell["tokens_per_s"]) or math.inf
+        times = " | ".join(_number(cell[f"first_token_{name}_ms"]) for name in ("p50", "p99"))
+        lines.append(
+            f"| {cell['engine']} | {cell['streams']} | {cell['way']} | {_number(cell['tokens_per_s'])} | "
+            f"{cell['tokens_per_s'] / first:.2f} | {times} | {cell['memory_mb']:,.0f} |"
         )
     return "\n".join(lines)
 
