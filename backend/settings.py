@@ -95,6 +95,10 @@ class Settings:
         "tokens that one response of a stream carries at most, for clients that count responses; 0: all that have come since the "
         "last, which is many times faster under load",
     )
+    max_unsent_tokens: int = _setting(
+        32,
+        "tokens by which a stream may be ahead of what its client was sent; there it pauses until they are sent; 0: no bound",
+    )
     recording: str = _setting(
         "",
         "folder in which each engine process writes down what it was asked and what it planned, for "

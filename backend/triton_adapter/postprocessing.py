@@ -20,6 +20,7 @@ from backend.logs import start_logging
 from backend.settings import Settings, read_model_parameters
 from backend.text.detokenizer import cut_text
 from backend.triton_adapter import tensors
+from backend.triton_adapter.chunk_window import SeenChunks
 from backend.triton_adapter.log_probs import with_bytes
 from backend.triton_adapter.presence import announce, end_with_server
 from backend.triton_adapter.stream_chunk import StreamChunk
@@ -39,6 +40,7 @@ class Postprocessing:
         settings = Settings.load(read_model_parameters(repository / "mistral_nemo" / "config.pbtxt"))
         start_logging(settings.log_level, settings.log_format)
         self._token_bytes = read_vocabulary(Path(settings.checkpoint)).token_bytes
+        self._seen = SeenChunks()
         self._aborted: deque[int] = deque(maxlen=_NUM_REMEMBERED_ABORTS)
         end_with_server()
         announce("postprocessing")
@@ -66,6 +68,7 @@ class Postprocessing:
         if "token_ids" in inputs:
             return tensors.response([tensors.text_tensor("text_output", self._text(Inputs(request)))])
         chunk = StreamChunk.unpack(inputs.pop("stream_chunk").as_numpy())
+        self._seen.note(chunk.number)
         if request.is_cancelled():
             self._abort(chunk.handle, request.request_id())
             return None
