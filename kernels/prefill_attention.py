@@ -14,7 +14,7 @@ from kernels.e4m3 import code_bounds, row_scales
 from kernels.errors import ContractError
 from kernels.kv_layout import HEAD_DIM, PAGE_TOKENS, swizzled, unswizzled
 from kernels.launch import Device, Launch, Program
-from kernels.op import Case, Cost, Inputs, Op
+from kernels.op import HALF_FLOP_PER_US, Case, Cost, Inputs, Op
 
 _MAX_GROUP = 8
 _TILE_ROWS = 128
@@ -366,7 +366,11 @@ def cost(case: Case) -> Cost:
     kept = 2 * sum(start + num_tokens for start, num_tokens in chunks) * num_kv_heads * HEAD_DIM
     around = sum(num_tokens for _, num_tokens in chunks) * num_heads * HEAD_DIM
     kv_bytes, out_bytes = 1 if case.options.get("fp8") else 2, 1 if case.options.get("output") else 2
-    return Cost(flops=4 * pairs * num_heads * HEAD_DIM, bytes=kept * kv_bytes + around * (2 + out_bytes))
+    return Cost(
+        flops=4 * pairs * num_heads * HEAD_DIM,
+        bytes=kept * kv_bytes + around * (2 + out_bytes),
+        flop_per_us=HALF_FLOP_PER_US,
+    )
 
 
 OP = Op(

@@ -15,10 +15,12 @@ from kernels.prefill_attention import (
     CASES,
     OP,
     Chunk,
+    bounds,
     make_inputs,
     max_tiles,
     plan_tiles,
     prefill_attention,
+    prefill_attention_reference,
     tile_tokens,
 )
 from tests.emulator.build import Mutant
@@ -136,6 +138,19 @@ def test_pages_anywhere_give_the_same_bits() -> None:
     moved = inputs | {name: inputs[name][order] for name in ("k_pages", "v_pages")}
     moved["page_tables"] = order.argsort()[inputs["page_tables"].long()].int()
     assert torch.equal(run(moved, num_sms=1), expected)
+
+
+def test_the_last_positions_of_131_072() -> None:
+    """2,048 entries of the page table that name few pages, in every order."""
+    inputs = make_inputs(Case("far", {"H": 4, "K": 1}, {"chunks": ((250, 2),)}), seed=1)
+    pages = inputs["page_tables"][0]
+    drawn = torch.randint(0, 3, (2047,), generator=torch.Generator().manual_seed(3))
+    inputs["page_tables"] = torch.cat((pages[drawn], pages[3:]))[None].contiguous()
+    inputs["tiles"] = plan_tiles([Chunk(sequence=0, start=131_066, num_tokens=2)], num_heads=4, num_kv_heads=1)
+    run(inputs)
+    expected = prefill_attention_reference(**inputs)
+    error = (inputs["out"].double() - expected["out"]).abs()
+    assert (error <= bounds(inputs, expected)["out"]).all()
 
 
 def test_the_results_of_pytorch() -> None:
