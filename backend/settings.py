@@ -104,6 +104,7 @@ class Settings:
         "folder in which each engine process writes down what it was asked and what it planned, for "
         "`python -m backend.engine.recording`; the files hold prompts and outputs; empty: none",
     )
+    recording_max_mb: int = _setting(1000, "size at which a recording ends, while serving goes on; 0: no bound")
     log_format: str = _setting("text", "lines of text, or one JSON object a line", choices=("text", "json"))
     log_level: str = _setting("info", "least severe lines in the log", choices=("debug", "info", "warning", "error"))
 

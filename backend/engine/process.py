@@ -50,7 +50,8 @@ def make_scheduler(settings: Settings, limits: SchedulerLimits, vocabulary: Voca
     except OSError as error:
         raise ConfigError(f"setting recording: {path} cannot be written: {error.strerror}") from error
     log.info("everything that is asked and planned is written to %s", path)
-    return RecordingScheduler(limits, vocabulary.token_bytes, vocabulary.eos_id, file)
+    most_bytes = settings.recording_max_mb * 10**6
+    return RecordingScheduler(limits, vocabulary.token_bytes, vocabulary.eos_id, file, most_bytes)
 
 
 def build_engine(settings: Settings, outbox: Outbox) -> Engine:

@@ -109,12 +109,17 @@ _decoder = msgspec.msgpack.Decoder(Frame)
 class RecordingScheduler(Scheduler):
     """A Scheduler that writes down every call before it carries it out; `file` is flushed whenever nothing is left to do.
 
-    When the file cannot be written any more (a full disk), the recording ends there, the log says so, and serving goes on.
+    When the file cannot be written any more (a full disk) or has `most_bytes` (0: no bound), the recording ends there, the log
+    says so, and serving goes on.
     """
 
-    def __init__(self, limits: SchedulerLimits, token_bytes: Sequence[bytes], eos_id: int, file: BinaryIO) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, token_bytes: Sequence[bytes], eos_id: int, file: BinaryIO, most_bytes: int = 0
+    ) -> None:
         super().__init__(limits, token_bytes, eos_id)
         self._file: BinaryIO | None = file
+        self._most_bytes = most_bytes
+        self._num_bytes = 0
         self._write(Began(limits, eos_id, vocabulary_digest(token_bytes)))
 
     def add(self, request: GenerationRequest, now_ns: int, guide: Guide | None = None) -> None:
@@ -177,12 +182,21 @@ class RecordingScheduler(Scheduler):
                 self._file.flush()
             else:
                 encoded = msgspec.msgpack.encode(frame)
-                self._file.write(len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded)
+                self._num_bytes += _LENGTH_BYTES + len(encoded)
+                if 0 < self._most_bytes < self._num_bytes:
+                    self._end_recording(
+                        self._file, f"it has its {self._most_bytes // 10**6} MB (setting recording_max_mb)"
+                    )
+                else:
+                    self._file.write(len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded)
         except OSError as error:
-            log.error("the recording %s ends here, it cannot be written: %s", self._file.name, error.strerror)
-            file, self._file = self._file, None
-            with contextlib.suppress(OSError):  # it would write what it still holds
-                file.close()
+            self._end_recording(self._file, f"it cannot be written: {error.strerror}")
+
+    def _end_recording(self, file: BinaryIO, reason: str) -> None:
+        log.error("the recording %s ends here, %s", file.name, reason)
+        self._file = None
+        with contextlib.suppress(OSError):  # it would write what it still holds
+            file.close()
 
 
 class Replay:
