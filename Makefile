@@ -18,7 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: serve setup kernels test-gpu bench-gpu check test tools helm-check observability-check drain-check image-check audit test-demo-kernels soak test-fuzz test-lm-eval browser lock clean help
+.PHONY: serve setup kernels test-gpu bench-gpu check test tools helm-check observability-check drain-check image-check audit test-demo-kernels conformance faults soak test-fuzz test-lm-eval test-perf-tools browser lock clean help
 
 # The server binary comes with a wheel unless an installed tritonserver is there.
 SERVER_LOCKS := requirements/server.txt $(if $(wildcard /opt/tritonserver/bin/tritonserver),,requirements/triton.txt)
@@ -31,6 +31,8 @@ BRIEFLY := 2>&1 | sed --unbuffered --regexp-extended \
     --expression '/^ +Downloading .*(kB|bytes)\)$$/d' --expression 's/^ +Downloading /    /' --expression 's/^Installing collected packages.*/    installing/'
 UV := uv==0.13.9
 LM_EVAL := lm_eval[api]==0.4.13
+AIPERF := aiperf==0.13.0
+PERF_ANALYZER := tritonclient==2.51.0
 
 setup: .venv/.ready-tests  ## Make .venv with everything, without running anything
 
@@ -66,15 +68,41 @@ helm-check: .venv/.ready-tests tools  ## The chart: lint, render by helm 3 and 4
 test-demo-kernels: .venv/.ready-tests  ## The CUDA runner, emulated, answers every question of the demo as PyTorch does (half an hour)
 	DEMO_QUESTIONS=all .venv/bin/pytest -rP tests/unit/runner/test_cuda_against_torch.py -k demo_checkpoint
 
-soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, also with too few pages (about 5 minutes)
-	.venv/bin/python -m tests.triton.soak
+conformance: .venv/.ready-tests  ## Every row of the contract with clients, by its tests; writes the table of tests/conformance
+	.venv/bin/python -m tests.conformance
 
-test-fuzz: .venv/.ready-tests  ## Ten minutes of requests drawn from the gateway's OpenAPI document
+# libfaketime is Debian's; where it is not installed, clock jumps are skipped.
+faults: .venv/.ready-tests  ## Everything that may happen to the server from outside: deaths, signals, memory, disks, clocks, clients (10 minutes)
+	FAULTS=all .venv/bin/pytest -rs tests/triton/test_deaths.py tests/triton/test_shutdown.py tests/triton/test_host_faults.py \
+	    tests/triton/test_clock.py tests/triton/test_bad_clients.py tests/triton/test_reload.py tests/triton/test_cancellation.py
+
+soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, about 5 minutes; MINUTES=30: so long, with memory and handles watched
+	.venv/bin/python -m tests.triton.soak $(if $(MINUTES),--minutes '$(MINUTES)')
+
+test-fuzz: .venv/.ready-tests  ## Tens of thousands of bad inputs: files, requests, settings, a live server; ten minutes of the gateway's OpenAPI
+	FUZZ=full .venv/bin/pytest -v -s tests/fuzz
 	FUZZ_SECONDS=600 FUZZ_EXAMPLES=1000 .venv/bin/pytest -rP tests/gateway/test_fuzz.py
 
 # lm-eval wants NumPy 2.
 test-lm-eval: .venv/.ready-tests .venv-lm-eval/.ready  ## lm-eval through the gateway gives the scores that PyTorch gives directly
 	.venv/bin/python -m tests.gateway.lm_eval.compare .venv-lm-eval/bin/lm_eval
+
+# perf_analyzer comes with tritonclient 2.51.0, and wants two libraries that nvidia-pytriton holds; aiperf has pins of its own.
+test-perf-tools: .venv/.ready-tests .venv-perf-tools/.ready  ## perf_analyzer and aiperf against a server with its gateway
+	.venv/bin/python -m tests.gateway.perf_tools.run .venv-perf-tools
+
+.venv-perf-tools/.ready: | .venv/.ready
+	@echo "set-up: .venv-perf-tools with $(AIPERF) and perf_analyzer of $(PERF_ANALYZER)"
+	@'$(PYTHON)' -m venv --clear .venv-perf-tools
+	@.venv-perf-tools/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off '$(AIPERF)'
+	@cd .venv-perf-tools && mkdir libraries wheel && \
+	    bin/python -m pip --disable-pip-version-check download --quiet --progress-bar off --no-deps --only-binary=:all: \
+	        --platform manylinux1_x86_64 --dest wheel '$(PERF_ANALYZER)' && \
+	    bin/python -m zipfile --extract wheel/*.whl wheel && mv wheel/*.data/data/bin/perf_analyzer . && chmod +x perf_analyzer && rm -r wheel && \
+	    for name in libb64.so.0d libcudart.so.12; do \
+	        ln -s "$$(find ../.venv/ -path '*nvidia_pytriton.libs*' -name "$${name%%.so*}-*.so$${name#*.so}*" -exec readlink -f {} + | head -n 1)" "libraries/$$name"; \
+	    done
+	@touch $@
 
 .venv-lm-eval/.ready: | .venv/bin/python
 	@echo "set-up: .venv-lm-eval with $(LM_EVAL)"
@@ -139,7 +167,7 @@ lock: | .venv/bin/python  ## Write requirements/*.txt anew from the pins in pypr
 	for extra in client kernels gateway server triton; do compile "$$extra" --extra "$$extra" --constraint requirements/tests.txt; done
 
 clean:  ## Remove .venv and what the tools left behind
-	rm -rf .venv .venv-lm-eval .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-lm-eval .venv-perf-tools .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## This list

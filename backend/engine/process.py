@@ -71,6 +71,8 @@ def build_engine(settings: Settings, outbox: Outbox) -> Engine:
         num_host_pages=served.runner.num_host_pages,
         max_queued_tokens=settings.max_queued_tokens,
         has_prefix_cache=settings.prefix_cache,
+        max_unsent_tokens=settings.max_unsent_tokens,
+        caches_outputs=served.runner.caches_outputs,
         max_num_seqs=served.runner.max_num_seqs,
         max_step_tokens=settings.max_step_tokens,
         max_queued_requests=settings.max_queued_requests,
@@ -105,6 +107,8 @@ def read_orders(connection: Connection, engine: Engine) -> None:
                 engine.abort(message.handle)
             elif isinstance(message, messages.AbortRequestId):
                 engine.abort_request_id(message.request_id)
+            elif isinstance(message, messages.Sent):
+                engine.note_sent(message.counts)
     except (EOFError, OSError):
         log.debug("the owner closed the connection")
     finally:
@@ -118,10 +122,20 @@ def report_life(engine: Engine, outbox: Outbox) -> None:
         time.sleep(_LIFE_PERIOD_S)
 
 
+def end_process(uncaught: threading.ExceptHookArgs) -> None:
+    """A thread is gone (out of memory, or a bug of ours) and others would wait for it for ever: the owner answers them all."""
+    try:
+        log.critical("the thread %s failed", uncaught.thread and uncaught.thread.name, exc_info=uncaught.exc_value)
+    finally:
+        os._exit(1)
+
+
 def main(file_descriptor: int) -> int:
     """Serve the owner at the other end of the socket; the exit status is 0 only after it closed the connection."""
+    threading.excepthook = end_process
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    sys.setswitchinterval(messages.SWITCH_INTERVAL_S)
     connection = Connection(file_descriptor)
     start = messages.receive_in_engine(connection)
     assert isinstance(start, messages.Start), "the first message says what to serve"
@@ -144,6 +158,9 @@ def main(file_descriptor: int) -> int:
 
 
 if __name__ == "__main__":
-    status = main(int(sys.argv[1]))
-    sys.stderr.flush()
-    os._exit(status)  # threads of torch and of the reader have nothing left to say
+    status = 1
+    try:
+        status = main(int(sys.argv[1]))
+        sys.stderr.flush()
+    finally:
+        os._exit(status)  # threads of torch and of the reader have nothing left to say

@@ -10,10 +10,12 @@ which it does. A file holds frames: a length in four bytes, then MessagePack. It
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +30,7 @@ from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
 from backend.engine.sequence import Guide, Mask
 from backend.errors import NemoError, QueueFull
 
+log = logging.getLogger("nemo.engine")
 _DIGEST_BYTES = 8
 _LENGTH_BYTES = 4
 CompileGuide = Callable[[GuideSpec, int], Guide]
@@ -69,6 +72,12 @@ class Aborted(msgspec.Struct, frozen=True, tag=True):
     handle: int
 
 
+class Sent(msgspec.Struct, frozen=True, tag=True):
+    """So many ids of these requests were sent to their clients."""
+
+    counts: dict[int, int]
+
+
 class Expired(msgspec.Struct, frozen=True, tag=True):
     """Deadlines passed."""
 
@@ -93,16 +102,19 @@ class Committed(msgspec.Struct, frozen=True, tag=True):
     now_ns: int
 
 
-Frame = Began | Added | GaveGuide | Failed | Aborted | Expired | Planned | Masked | Committed
+Frame = Began | Added | GaveGuide | Failed | Aborted | Sent | Expired | Planned | Masked | Committed
 _decoder = msgspec.msgpack.Decoder(Frame)
 
 
 class RecordingScheduler(Scheduler):
-    """A Scheduler that writes down every call before it carries it out; `file` is flushed whenever nothing is left to do."""
+    """A Scheduler that writes down every call before it carries it out; `file` is flushed whenever nothing is left to do.
+
+    When the file cannot be written any more (a full disk), the recording ends there, the log says so, and serving goes on.
+    """
 
     def __init__(self, limits: SchedulerLimits, token_bytes: Sequence[bytes], eos_id: int, file: BinaryIO) -> None:
         super().__init__(limits, token_bytes, eos_id)
-        self._file = file
+        self._file: BinaryIO | None = file
         self._write(Began(limits, eos_id, vocabulary_digest(token_bytes)))
 
     def add(self, request: GenerationRequest, now_ns: int, guide: Guide | None = None) -> None:
@@ -124,6 +136,11 @@ class RecordingScheduler(Scheduler):
         """Write down, then take back; aborts by request id and of all come here too."""
         self._write(Aborted(handle))
         return super().abort(handle)
+
+    def note_sent(self, counts: Mapping[int, int]) -> None:
+        """Write down, then let streams go on."""
+        self._write(Sent(dict(counts)))
+        super().note_sent(counts)
 
     def expire(self, now_ns: int) -> list[Event]:
         """End requests; written down when there were any."""
@@ -148,12 +165,24 @@ class RecordingScheduler(Scheduler):
         self._write(Committed(result, now_ns))
         events = super().commit(plan, result, now_ns)
         if not self.has_work:
-            self._file.flush()
+            self._write(None)
         return events
 
-    def _write(self, frame: Frame) -> None:
-        encoded = msgspec.msgpack.encode(frame)
-        self._file.write(len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded)
+    def _write(self, frame: Frame | None) -> None:
+        """Write a frame, or with None all that is still buffered."""
+        if self._file is None:
+            return
+        try:
+            if frame is None:
+                self._file.flush()
+            else:
+                encoded = msgspec.msgpack.encode(frame)
+                self._file.write(len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded)
+        except OSError as error:
+            log.error("the recording %s ends here, it cannot be written: %s", self._file.name, error.strerror)
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):  # it would write what it still holds
+                file.close()
 
 
 class Replay:
@@ -188,6 +217,8 @@ class Replay:
                     scheduler.fail(handle, kind, message)
                 case Aborted(handle):
                     scheduler.abort(handle)
+                case Sent(counts):
+                    scheduler.note_sent(counts)
                 case Expired(now_ns):
                     scheduler.expire(now_ns)
                 case Planned(now_ns, digest):

@@ -231,6 +231,15 @@ def test_a_failing_listener_counts_as_the_death_of_the_engine(tekken_checkpoint:
     assert owner.deaths == ["the engine ended, IndexError: list index out of range"]
 
 
+def test_a_thread_that_fails_ends_the_engine(tekken_checkpoint: Path) -> None:
+    """What cannot be read kills the thread that reads: without it, requests would wait for ever."""
+    with owning(fake_settings(tekken_checkpoint)) as owner:
+        owner.engine._connection.send_bytes(b"no message")
+        owner.wait_for(lambda: owner.deaths)
+        wait_until_gone(owner.engine.pid)
+    assert owner.deaths[0].startswith("the engine ended, exit status ")
+
+
 def test_close_leaves_nothing_behind(tekken_checkpoint: Path) -> None:
     gc.collect()
     threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))

@@ -94,6 +94,18 @@ def test_a_recording_that_was_cut_off_plays_as_far_as_it_goes() -> None:
         Replay().play(iter(()), TOKEN_BYTES, compile_spec)
 
 
+def test_a_full_disk_ends_the_recording_and_not_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    limits, turns = random_load(4)
+    expected, _ = recorded(limits, turns)
+    trace = Trace(limits, 1, MOST_COMPILE_TURNS)
+    with Path("/dev/full").open("wb") as full:
+        trace.scheduler = RecordingScheduler(limits, TOKEN_BYTES, EOS_ID, full)
+        trace.play(turns)
+    assert trace.plans == expected.plans
+    (line,) = caplog.messages
+    assert line == "the recording /dev/full ends here, it cannot be written: No space left on device"
+
+
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
     """That of the servers which made the recordings."""

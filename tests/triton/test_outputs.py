@@ -25,7 +25,7 @@ AT_THE_END = {
     "first_token_time_ns",
     "last_token_time_ns",
 }
-NOT_SENT_YET = {"cum_log_probs", "output_log_probs", "top_log_probs", "prompt_log_probs"}
+LOG_PROBS = {"cum_log_probs", "output_log_probs", "top_log_probs", "prompt_log_probs"}
 
 
 def metadata(server: LiveServer, model: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -43,28 +43,56 @@ def fits(shape: tuple[int, ...], declared: tuple[int, ...]) -> bool:
     return shape[0] == 1 and all(wanted in (-1, size) for size, wanted in sizes)
 
 
+@pytest.mark.parametrize("log_probs", [False, True])
 @pytest.mark.parametrize("model", ["ensemble", "mistral_nemo"])
 @pytest.mark.parametrize("stream", [True, False])
-def test_every_tensor_is_as_declared(server: LiveServer, model: str, stream: bool) -> None:
+def test_every_tensor_is_as_declared(server: LiveServer, model: str, stream: bool, log_probs: bool) -> None:
     _, declared = metadata(server, model)
     prompts: dict[str, dict[str, Any]] = {
         "ensemble": {"text_input": "Hello", "stop_words": ["zzzz"]},
         "mistral_nemo": {"prompt_token_ids": [1, 1600, 1700]},
     }
     request = prompts[model] | {"max_tokens": 5, "num_return_sequences": 2, "temperature": 1.0, "seed": 1}
+    if log_probs:
+        request |= {"return_log_probs": True, "num_logprobs": 2, "prompt_logprobs": 1}
     answer = ask(server, model, stream=stream, **request)
-    own = ALWAYS if model == "ensemble" else {"stream_chunk", "token_ids"}
+    own = {"text_output", "token_ids"} if model == "ensemble" else {"stream_chunk", "token_ids"}
+    each = own | {"sequence_index"} | (LOG_PROBS - {"prompt_log_probs"} if log_probs else set())
     for index in (0, 1):
         *others, last = answer.of(index)
-        assert all(set(reply.tensors) == own | {"sequence_index"} for reply in others)
-        assert set(last.tensors) == own | {"sequence_index"} | AT_THE_END
+        assert all(set(reply.tensors) == each for reply in others)
+        of_the_prompt = {"prompt_log_probs"} if log_probs and index == 0 else set()
+        assert set(last.tensors) == each | AT_THE_END | of_the_prompt
         assert bool(others) is stream
     for reply in answer.replies:
-        for name, sent in reply.tensors.items():
-            datatype, shape = declared[name]
-            assert sent.datatype == datatype, name
-            assert fits(sent.shape, shape), (name, sent.shape, shape)
-    assert set(declared) == own | {"sequence_index"} | AT_THE_END | NOT_SENT_YET
+        assert_as_declared(reply, declared)
+        if log_probs:
+            assert reply.tensors["output_log_probs"].shape == (1, 1, len(reply.values("token_ids")))
+    assert set(declared) == own | {"sequence_index"} | AT_THE_END | LOG_PROBS
+
+
+def test_every_tensor_of_the_stateless_models_is_as_declared(server: LiveServer) -> None:
+    calls: list[tuple[str, dict[str, Any], set[str]]] = [
+        ("preprocessing", {"text_input": "Hello"}, {"prompt_token_ids"}),
+        (
+            "preprocessing",
+            {"text_input": "Hello", "bad_words": ["a", "the"], "logit_bias_ids": [1500], "logit_bias_values": [1.0]},
+            {"prompt_token_ids", "bad_word_ids", "bad_word_lengths", "logit_bias_ids", "logit_bias_values"},
+        ),
+        ("postprocessing", {"token_ids": [1600, 1700]}, {"text_output"}),
+    ]
+    for model, request, names in calls:
+        _, declared = metadata(server, model)
+        (reply,) = ask(server, model, **request).replies
+        assert set(reply.tensors) == names
+        assert_as_declared(reply, declared)
+
+
+def assert_as_declared(reply: Reply, declared: dict[str, Any]) -> None:
+    for name, sent in reply.tensors.items():
+        datatype, shape = declared[name]
+        assert sent.datatype == datatype, name
+        assert fits(sent.shape, shape), (name, sent.shape, shape)
 
 
 def test_one_sequence_has_no_index(server: LiveServer) -> None:

@@ -4,12 +4,12 @@ Facts read from these sources, none of their code:
 
 * triton-inference-server/tensorrtllm_backend: inflight_batcher_llm/client/end_to_end_grpc_client.py (gRPC stream, tensors
   [1, n]) and README.md (curl lines of /generate, early stopping by request id)
-* triton-inference-server/perf_analyzer: genai-perf's TensorRTLLMConverter (tensors of the backend `tensorrtllm`)
-* triton-inference-server/server: python/openai, create_trtllm_inference_request
+* triton-inference-server/server: python/openai/openai_frontend/engine/utils/triton.py, _create_trtllm_inference_request
 """
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -173,34 +173,53 @@ def test_early_stopping_by_request_id(server: LiveServer) -> None:
     assert 0 < len(rest.ids()) < 3000
 
 
-def test_genai_perf(server: LiveServer) -> None:
-    # perf_analyzer's JSON gives values without a batch dimension; with max_batch_size 1 it adds it.
-    inputs: Inputs = {
-        "text_input": ("BYTES", PROMPT),
-        "max_tokens": ("INT32", 16),
-        "min_length": ("INT32", 16),
-        "stream": ("BOOL", True),
-    }
-    answer = call(server, inputs, [])
-    assert len(answer.ids()) == 16
-    assert "".join(reply.value("text_output") for reply in answer.replies) == answer.text()
-
-
-def test_openai_front_end_of_triton(server: LiveServer) -> None:
-    inputs: Inputs = {
-        "text_input": ("BYTES", PROMPT),
-        "stream": ("BOOL", True),
-        "max_tokens": ("INT32", np.int32(16)),
-        "stop_words": ("BYTES", ["zzzzzz"]),
+# What create_trtllm_inference_request sends for every request: OpenAI's defaults are sent too. It names the seed `seed`.
+FRONT_END: Inputs = {
+    "text_input": ("BYTES", PROMPT),
+    "stream": ("BOOL", False),
+    "max_tokens": ("INT32", np.int32(16)),
+    "top_p": ("FP32", np.float32(1.0)),
+    "frequency_penalty": ("FP32", np.float32(0.0)),
+    "presence_penalty": ("FP32", np.float32(0.0)),
+    "temperature": ("FP32", np.float32(1.0)),
+    "seed": ("UINT64", np.uint64(3)),
+}
+# The parameters of a forced tool, as pydantic's model_dump_json() writes them.
+FORCED_TOOL = (
+    '{"type":"object","properties":{"city":{"type":"string","enum":["Paris","Rome"]},"days":{"type":"integer",'
+    '"minimum":1,"maximum":9}},"required":["city","days"],"additionalProperties":false}'
+)
+FRONT_END_REQUESTS: dict[str, Inputs] = {
+    "defaults": {},
+    "stop and penalties": {
+        "stop_words": ("BYTES", ["zzzzzz", "\n\n"]),
         "top_p": ("FP32", np.float32(0.9)),
         "frequency_penalty": ("FP32", np.float32(0.1)),
         "presence_penalty": ("FP32", np.float32(0.1)),
-        "random_seed": ("UINT64", np.uint64(3)),
         "temperature": ("FP32", np.float32(0.7)),
-    }
-    answer = call(server, inputs, [])
-    assert answer.finish_reason() in ("length", "stop")
-    assert answer.summary() == call(server, inputs | {"stream": ("BOOL", False)}, []).summary()
+    },
+    "forced tool": {
+        "guided_decoding_guide_type": ("BYTES", "json_schema"),
+        "guided_decoding_guide": ("BYTES", FORCED_TOOL),
+        "max_tokens": ("INT32", np.int32(64)),
+    },
+}
+
+
+@pytest.mark.parametrize("changes", FRONT_END_REQUESTS.values(), ids=FRONT_END_REQUESTS)
+def test_openai_front_end_of_triton(server: LiveServer, changes: Inputs) -> None:
+    whole = call(server, FRONT_END | changes, [])
+    streamed = call(server, FRONT_END | changes | {"stream": ("BOOL", True)}, [])
+    assert streamed.summary() == whole.summary()
+    # It takes one response of a request that is not streamed, with the final flag, and one string of every response.
+    assert [reply.is_final for reply in whole.replies] == [True]
+    assert {reply.tensors["text_output"].shape for reply in streamed.replies} == {(1, 1)}
+    if "guided_decoding_guide" in changes:
+        arguments = json.loads(whole.text())
+        assert arguments["city"] in ("Paris", "Rome")
+        assert arguments["days"] in range(1, 10)
+    other_seed = FRONT_END | changes | {"seed": ("UINT64", np.uint64(4))}
+    assert "guided_decoding_guide" in changes or call(server, other_seed, []).summary() != whole.summary()
 
 
 def test_generate_with_the_shape_of_answers_that_clients_parse(server: LiveServer) -> None:

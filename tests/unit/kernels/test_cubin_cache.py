@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -146,6 +147,21 @@ def test_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path: Path, 
     expected = rf"compiled kernels cannot be kept in {file}/cache \(.*\): set NEMO_KERNEL_CACHE to a folder that can be written"
     with pytest.raises(BuildError, match=expected):
         cache.get(COPY)
+
+
+def test_full_disk_is_named_and_leaves_nothing_half_written(cache: CubinCache, compiler: CountingCompiler) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))  # as if 20 bytes were free
+    try:
+        with pytest.raises(
+            BuildError, match=r"compiled kernels cannot be kept in .* \(File too large\): set NEMO_KERNEL"
+        ):
+            cache.get(COPY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(cache.folder.iterdir()) == []
+    assert cache.get(COPY) == CUBIN
+    assert len(compiler.compiled) == 2
 
 
 def test_where_compiled_kernels_are_kept() -> None:
