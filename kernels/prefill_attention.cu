@@ -28,7 +28,10 @@
 //   shared memory  64 KB of K and V twice, 32 KB of Q = 1280 clocks, copies in 512   = 1792 in BF16; in FP8 copies in 256, out 256, FP16 in 512: 2304,
 //                  so that FP8 reaches 89 % at most
 //   L2             64 KB = 32 bytes a clock and SM in BF16, 16 in FP8
-// Limits: D = 128, at most 8 query heads per KV head. A sequence whose own V holds NaN or infinity is NaN up to 127 tokens before that, too.
+// Limits: D = 128, at most 8 query heads per KV head. Keys are not shared out to several blocks: fewer than 512 query tokens in all give NeMo fewer
+// items than there are SMs. A sequence whose own V holds NaN or infinity may be NaN up to 127 tokens before that, too.
+// To be verified on hardware: products with a weight of 0 leave a sum as it is, whatever finite V they have (what lies behind a row in its tile differs
+// between a prompt as a whole and in chunks).
 //
 // History
 //   1  two math warpgroups in turns, weights of a tile made while the one before is summed     not yet run on hardware
@@ -228,7 +231,9 @@ prefill_attention(const __grid_constant__ hw::TensorMap q_map, const __grid_cons
   SHARED_ARRAY(hw::Barrier, empty, [SLOTS]);
   SHARED_ARRAY(hw::Barrier, codes_full, [COPY_SLOTS]);
   SHARED_ARRAY(hw::Barrier, codes_empty, [COPY_SLOTS]);
-  SHARED_ARRAY(hw::Barrier, query, [3]);  // full, empty; and a tile of V whose end is to be zeroed has come
+  SHARED_ARRAY(hw::Barrier, queries_full, [1]);
+  SHARED_ARRAY(hw::Barrier, queries_empty, [1]);
+  SHARED_ARRAY(hw::Barrier, uncleaned, [1]);  // a tile of V has come whose end is to be zeroed
   unsigned char* const slots = memory + SLOT_BYTES;
   unsigned char* const codes = slots + SLOTS * SLOT_BYTES;
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -241,9 +246,9 @@ prefill_attention(const __grid_constant__ hw::TensorMap q_map, const __grid_cons
       hw::mbarrier_init(&codes_full[slot], 1);
       hw::mbarrier_init(&codes_empty[slot], NUM_CONVERTERS);
     }
-    hw::mbarrier_init(&query[0], 1);
-    hw::mbarrier_init(&query[1], NUM_WARPS);
-    hw::mbarrier_init(&query[2], 1);
+    hw::mbarrier_init(queries_full, 1);
+    hw::mbarrier_init(queries_empty, NUM_WARPS);
+    hw::mbarrier_init(uncleaned, 1);
     hw::fence_mbarrier_init();
     hw::tma_prefetch_descriptor(&q_map);
     hw::tma_prefetch_descriptor(&k_map);
@@ -277,7 +282,7 @@ prefill_attention(const __grid_constant__ hw::TensorMap q_map, const __grid_cons
           const bool is_cleaned = !FP8_KV && num_valid < KV_TOKENS;  // codes are when they are converted
           if (lane == 0) {  // who alone waits: another lane might come so late that it finds the phase after the next
             hw::mbarrier_wait(&given_back[place.slot], place.parity ^ 1);
-            hw::Barrier* const barrier = is_cleaned ? &query[2] : &copied[place.slot];
+            hw::Barrier* const barrier = is_cleaned ? uncleaned : &copied[place.slot];
             hw::mbarrier_arrive_expect_tx(barrier, COPY_BYTES);
 #pragma unroll
             for (int i = 0; i < KV_PAGES; i++) {
@@ -289,7 +294,7 @@ prefill_attention(const __grid_constant__ hw::TensorMap q_map, const __grid_cons
             }
           }
           if (is_cleaned) {
-            hw::mbarrier_wait(&query[2], cleaned_parity);
+            hw::mbarrier_wait(uncleaned, cleaned_parity);
             cleaned_parity ^= 1;
             const int num_chunks = (KV_TOKENS - num_valid) * 8;
             for (int i = lane; i < 2 * num_chunks; i += 32)
@@ -302,11 +307,11 @@ prefill_attention(const __grid_constant__ hw::TensorMap q_map, const __grid_cons
           if (has_queries) return;
           has_queries = true;  // behind the first tile of K, which does not have to wait for the queries before
           if (lane == 0) {
-            hw::mbarrier_wait(&query[1], query_parity ^ 1);
-            hw::mbarrier_arrive_expect_tx(&query[0], 2 * QUERY_ROWS * 128);
+            hw::mbarrier_wait(queries_empty, query_parity ^ 1);
+            hw::mbarrier_arrive_expect_tx(queries_full, 2 * QUERY_ROWS * 128);
 #pragma unroll
             for (int span = 0; span < 2; span++)
-              hw::tma_load_3d(memory + span * SPAN_BYTES, &q_map, &query[0], span * (HEAD_DIM / 2), kv_head * GROUP,
+              hw::tma_load_3d(memory + span * SPAN_BYTES, &q_map, queries_full, span * (HEAD_DIM / 2), kv_head * GROUP,
                               tile.row_of_position_0 + tile.first());
           }
           query_parity ^= 1;
@@ -366,7 +371,7 @@ prefill_attention(const __grid_constant__ hw::TensorMap q_map, const __grid_cons
       u32 p[8][4];
       Rows rows;
 
-      hw::mbarrier_wait(&query[0], query_parity);
+      hw::mbarrier_wait(queries_full, query_parity);
       query_parity ^= 1;
       if constexpr (FP8_KV) {
 #pragma unroll
@@ -383,7 +388,7 @@ prefill_attention(const __grid_constant__ hw::TensorMap q_map, const __grid_cons
       hw::wgmma_commit();
       hw::wgmma_wait<0>();
       release(&empty[diagonal]);
-      if (num_kv_tiles == 1) release(&query[1]);
+      if (num_kv_tiles == 1) release(queries_empty);
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         const int num_seen = tile.first() % KV_TOKENS + (first_row + 8 * r) / GROUP + 1;
@@ -412,7 +417,7 @@ prefill_attention(const __grid_constant__ hw::TensorMap q_map, const __grid_cons
         pass_turn(group);
         hw::wgmma_wait<1>();
         release(&empty[keys]);
-        if (i == num_kv_tiles - 1) release(&query[1]);
+        if (i == num_kv_tiles - 1) release(queries_empty);
         rows.weigh(s, scale);
         hw::wgmma_wait<0>();
         release(&empty[values]);
