@@ -66,8 +66,14 @@ def test_what_other_sequences_left_in_pages_has_no_influence() -> None:
 
 def logits(folder: Path, arithmetic: Arithmetic | None, **settings: Any) -> torch.Tensor:
     """Of prompts in chunks and token by token, side by side."""
-    limits = {"num_pages": 12, "max_num_seqs": 2, "max_model_len": 256, "num_threads": 1}
-    runner = TorchRunner(folder, device="cpu", arithmetic=arithmetic, **limits | settings)
+    limits: dict[str, Any] = {
+        "num_pages": 12,
+        "max_num_seqs": 2,
+        "max_model_len": 256,
+        "num_threads": 1,
+        "device": "cpu",
+    }
+    runner = TorchRunner(folder, arithmetic=arithmetic, **limits | settings)
     generator = np.random.default_rng(0)
     prompts = [random_prompt(generator, length) for length in (150, 90)]
     scripts = [
@@ -78,7 +84,7 @@ def logits(folder: Path, arithmetic: Arithmetic | None, **settings: Any) -> torc
     ]
     Driver(runner).run(scripts)
     runner.close()
-    return torch.cat([torch.stack(script.logits) for script in scripts])
+    return torch.cat([torch.stack(script.logits).cpu() for script in scripts])
 
 
 @pytest.mark.parametrize("input_scale", [None, torch.tensor([0.03])], ids=["scales of rows", "scale of the checkpoint"])
@@ -108,7 +114,7 @@ def test_the_whole_model_in_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return scaled_mm(x, weight, **others)
 
     monkeypatch.setattr(torch, "_scaled_mm", counted)
-    folder = make_checkpoint(tmp_path)
+    folder = make_checkpoint(tmp_path, num_layers=1)
     settings = {"weight_dtype": "fp8", "head_dtype": "fp8", "kv_dtype": "fp8"}
     expected = logits(folder, None, **settings)
     assert num_calls == 0
