@@ -79,8 +79,7 @@ test-demo-kernels: .venv/.ready-tests  ## The CUDA runner, emulated, answers eve
 conformance: .venv/.ready-tests  ## Every row of the contract with clients, by its tests; writes the table of tests/conformance
 	.venv/bin/python -m tests.conformance
 
-# libfaketime is Debian's; where it is not installed, clock jumps are skipped.
-faults: .venv/.ready-tests  ## Everything that may happen to the server from outside: deaths, signals, memory, disks, clocks, clients (10 minutes)
+faults: .venv/.ready-tests  ## Everything that may happen to the server from outside: deaths, signals, memory, disks, clients (10 minutes)
 	FAULTS=all .venv/bin/pytest -rs tests/triton/test_deaths.py tests/triton/test_shutdown.py tests/triton/test_host_faults.py \
 	    tests/triton/test_clock.py tests/triton/test_bad_clients.py tests/triton/test_reload.py tests/triton/test_cancellation.py
 

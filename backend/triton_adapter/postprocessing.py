@@ -24,7 +24,7 @@ from backend.text.detokenizer import cut_text
 from backend.triton_adapter import tensors
 from backend.triton_adapter.chunk_window import SeenChunks
 from backend.triton_adapter.log_probs import with_bytes
-from backend.triton_adapter.presence import announce, end_with_server
+from backend.triton_adapter.presence import announce, end_with_server, withdraw
 from backend.triton_adapter.stream_chunk import StreamChunk
 from backend.triton_adapter.tensors import Inputs
 
@@ -46,6 +46,10 @@ class Postprocessing:
         self._aborted: deque[int] = deque(maxlen=_NUM_REMEMBERED_ABORTS)
         end_with_server()
         announce("postprocessing")
+
+    def close(self) -> None:
+        """This process ends because the model is unloaded: the supervisor is not to take it for dead."""
+        withdraw("postprocessing")
 
     def execute(self, requests: list[Any]) -> None:
         """Answer each response of the engine; a beat is answered with nothing but its final flag."""

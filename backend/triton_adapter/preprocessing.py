@@ -18,7 +18,7 @@ from backend.settings import Settings, read_model_parameters
 from backend.text.chat import ChatTemplate
 from backend.text.tokenizer import Tokenizer
 from backend.triton_adapter import tensors
-from backend.triton_adapter.presence import announce, end_with_server
+from backend.triton_adapter.presence import announce, end_with_server, withdraw
 from backend.triton_adapter.request_log import log_failure
 from backend.triton_adapter.tensors import Inputs
 
@@ -38,6 +38,10 @@ class Preprocessing:
         self._input_names = ensemble_inputs(repository / "ensemble" / "config.pbtxt")
         end_with_server()
         announce("preprocessing")
+
+    def close(self) -> None:
+        """This process ends because the model is unloaded: the supervisor is not to take it for dead."""
+        withdraw("preprocessing")
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, an error for a bad one."""

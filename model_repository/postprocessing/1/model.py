@@ -18,3 +18,7 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Answer each response of the engine."""
         self._model.execute(requests)
+
+    def finalize(self) -> None:
+        """Say that the end is meant."""
+        self._model.close()

@@ -18,3 +18,7 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request."""
         return self._model.execute(requests)
+
+    def finalize(self) -> None:
+        """Say that the end is meant."""
+        self._model.close()
