@@ -104,7 +104,8 @@ class Postprocessing:
         """A tensor of the engine as it is; alternatives get the bytes of their ids."""
         if name in ("top_log_probs", "prompt_log_probs"):
             with _blaming(name):
-                return tensors.text_tensor(name, with_bytes(values.reshape(-1)[0], self._token_bytes))
+                (encoded,) = values.reshape(-1)
+                return tensors.text_tensor(name, with_bytes(encoded, self._token_bytes))
         return tensors.array_tensor(name, values)
 
     def _abort(self, handle: int, request_id: str) -> None:

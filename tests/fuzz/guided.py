@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import atheris
@@ -19,9 +20,9 @@ import atheris
 with atheris.instrument_imports(include=["backend", "client"]):
     from tests.fuzz.checkpoint_parsers import checkpoint_parsers
     from tests.fuzz.request_parsers import request_parsers
+    from tests.fuzz.watch import refusal_of
 
-from tests.fuzz.watch import refusal_of
-
+_OURS = ["backend", "client"]
 _TIMEOUT_S = 120
 _MAX_MEMORY_MB = 4096
 
@@ -36,7 +37,9 @@ def main() -> None:
     tempfile.tempdir = str(arguments.folder)
     corpus = arguments.folder / "corpus"
     corpus.mkdir()
-    with request_parsers(arguments.folder) as parsers:
+    with ExitStack() as stack:
+        with atheris.instrument_imports(include=_OURS):  # the adapter is imported when it is needed
+            parsers = stack.enter_context(request_parsers(arguments.folder))
         found = (parsers | checkpoint_parsers(arguments.folder)).get(arguments.name)
         if found is None:
             parser.error(f"there is no parser {arguments.name!r}")

@@ -27,6 +27,7 @@ from tests.triton.soak_call import Spoken
 from tests.triton.usage import process_name, sample_process
 
 GOOD: dict[str, Any] = {"text_input": "Hello", "max_tokens": 40, "temperature": 1.0, "seed": 8, "num_logprobs": 2}
+_SHOWN_LOG_CHARACTERS = 6000
 MORE_FILES = 12
 """Connections that are not closed yet, and what is opened once."""
 _HEADERS = (
@@ -154,6 +155,7 @@ def run_cases(server: LiveServer, strategy: st.SearchStrategy[bytes], send: Call
             assert server.is_ready()
         except BaseException as error:
             keep_case(error, case.content)
+            error.add_note(server.log()[-_SHOWN_LOG_CHARACTERS:])
             raise
 
     with beside(server):
