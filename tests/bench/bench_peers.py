@@ -82,8 +82,8 @@ def run_load(command: Sequence[str], seconds: float) -> dict[str, Any]:
     if not done.stdout:
         raise RuntimeError(done.stderr.decode())
     report: dict[str, Any] = json.loads(done.stdout)
-    if report["errors"] or not report["output_tokens"]:
-        raise RuntimeError(f"no token came, or requests failed: {report}")
+    if report["errors"]:
+        raise RuntimeError(f"requests failed: {report['errors']}")
     return report
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.conditions import PROJECT, RESULTS, read_results
+from tests.evaluation.report import report as evaluation_tables
 
 README = PROJECT / "README.md"
 _ENSEMBLE_COLUMNS = {
@@ -157,6 +158,7 @@ def peers_table(results: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ensemble": ensemble_table,
+    "evaluation": evaluation_tables,
     "first_token": first_token_table,
     "overlap": overlap_table,
     "quality": quality_table,
@@ -165,7 +167,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "tekken": tekken_table,
     "tokenizers": tokenizers_table,
 }
-PLACES = dict.fromkeys(TABLES, README)
+_ELSEWHERE = {"evaluation": PROJECT / "tests" / "evaluation" / "README.md"}
+PLACES = {name: _ELSEWHERE.get(name, README) for name in TABLES}
 """The file that each table stands in."""
 
 
