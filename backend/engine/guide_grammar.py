@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
+from backend.errors import one_line
+
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
@@ -96,7 +98,7 @@ def shorten(reason: str) -> str:
     line = next((line for line in lines if line.startswith("error:")), lines[0] if lines else "unknown reason")
     if line.startswith("NoExtension"):
         return "no text can follow"
-    return line if len(line) <= _MAX_REASON_CHARACTERS else f"{line[:_MAX_REASON_CHARACTERS]}..."
+    return one_line(line if len(line) <= _MAX_REASON_CHARACTERS else f"{line[:_MAX_REASON_CHARACTERS]}...")
 
 
 def _schema_grammar(text: str) -> str:

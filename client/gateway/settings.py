@@ -13,6 +13,7 @@ from typing import Any
 
 _PREFIX = "GATEWAY_"
 KEYS_VARIABLE = f"{_PREFIX}API_KEYS"
+_SHOWN_CHARACTERS = 200
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -52,7 +53,7 @@ class GatewaySettings:
                 raise ValueError(f"{name}: must be in [{low}, {high}], got {value}")
         for name in ("triton", "triton_metrics"):
             if not re.fullmatch(r"[^\s/]+:\d+", getattr(self, name)):
-                raise ValueError(f"{name}: must be host:port, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: must be host:port, got {getattr(self, name)[:_SHOWN_CHARACTERS]!r}")
         if not self.model_names:
             raise ValueError("model_name: must have at least one name, got none")
         if bool(self.tls_cert) != bool(self.tls_key):
@@ -60,9 +61,11 @@ class GatewaySettings:
         for name in ("tls_cert", "tls_key", "api_keys_file"):
             path = getattr(self, name)
             if path and not Path(path).is_file():
-                raise ValueError(f"{name}: no file at {path!r}")
+                raise ValueError(f"{name}: no file at {path[:_SHOWN_CHARACTERS]!r}")
         if self.log_level not in _LOG_LEVELS:
-            raise ValueError(f"log_level: must be one of {', '.join(_LOG_LEVELS)}, got {self.log_level!r}")
+            raise ValueError(
+                f"log_level: must be one of {', '.join(_LOG_LEVELS)}, got {self.log_level[:_SHOWN_CHARACTERS]!r}"
+            )
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -93,7 +96,10 @@ class GatewaySettings:
                     continue
                 if name not in known:
                     listed = ", ".join(f"{_PREFIX}{each.upper()}" for each in known)
-                    raise ValueError(f"{variable}: no such setting; there are: {listed}, {KEYS_VARIABLE}")
+                    shown = variable if variable.isprintable() else repr(variable)
+                    raise ValueError(
+                        f"{shown[:_SHOWN_CHARACTERS]}: no such setting; there are: {listed}, {KEYS_VARIABLE}"
+                    )
                 values.setdefault(name, _parsed(variable, text, type(known[name].default)))
             return cls(**values)
         except ValueError as error:
@@ -112,11 +118,11 @@ def settings_table() -> str:
 def _parsed(variable: str, text: str, kind: type) -> Any:
     if kind is bool:
         if text.lower() not in ("true", "false", "1", "0"):
-            raise ValueError(f"{variable}: must be true or false, got {text!r}")
+            raise ValueError(f"{variable}: must be true or false, got {text[:_SHOWN_CHARACTERS]!r}")
         return text.lower() in ("true", "1")
     try:
         return kind(text)
     except ValueError:
         raise ValueError(
-            f"{variable}: must be {'a whole number' if kind is int else 'a number'}, got {text!r}"
+            f"{variable}: must be {'a whole number' if kind is int else 'a number'}, got {text[:_SHOWN_CHARACTERS]!r}"
         ) from None

@@ -161,6 +161,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "evaluation": evaluation_tables,
     "first_token": first_token_table,
     "overlap": overlap_table,
+    "peers": peers_table,
     "quality": quality_table,
     "scheduler": scheduler_table,
     "soak": soak_table,

@@ -138,6 +138,7 @@ def request_parsers(folder: Path) -> Iterator[dict[str, Parser]]:
     write_tekken(folder / "tekken.json", NUM_RANKS + 1000)
     vocabulary = read_vocabulary(folder)
     guides = GuideCompiler(vocabulary)
+    guides.compile("regex", "a")  # starts the process that tries guides, so that its pipes are there from now on
     adapter = _Adapter(folder, vocabulary.vocab_size)
     mixed = (mixed_request(0, index) for index in range(20))
     whole = [WHOLE, *(each for each in mixed if max(each.get("prompt_token_ids", [0])) < vocabulary.vocab_size)]
