@@ -18,11 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-<<<<<<< HEAD
-.PHONY: serve setup kernels test-gpu bench-gpu check test tools helm-check observability-check drain-check image-check audit test-demo-kernels conformance faults soak test-fuzz test-lm-eval test-perf-tools browser lock clean help
-=======
-.PHONY: serve setup kernels test-gpu bench-gpu check test tools helm-check observability-check drain-check image-check audit test-demo-kernels soak test-fuzz test-lm-eval eval bench-tokenizers bench-peers browser lock clean help
->>>>>>> peers
+.PHONY: serve setup kernels test-gpu bench-gpu check test tools helm-check observability-check drain-check image-check audit test-demo-kernels conformance faults soak test-fuzz test-lm-eval test-perf-tools eval bench-tokenizers bench-peers browser lock clean help
 
 # The server binary comes with a wheel unless an installed tritonserver is there.
 SERVER_LOCKS := requirements/server.txt $(if $(wildcard /opt/tritonserver/bin/tritonserver),,requirements/triton.txt)
@@ -35,12 +31,9 @@ BRIEFLY := 2>&1 | sed --unbuffered --regexp-extended \
     --expression '/^ +Downloading .*(kB|bytes)\)$$/d' --expression 's/^ +Downloading /    /' --expression 's/^Installing collected packages.*/    installing/'
 UV := uv==0.13.9
 LM_EVAL := lm_eval[api]==0.4.13
-<<<<<<< HEAD
 AIPERF := aiperf==0.13.0
 PERF_ANALYZER := tritonclient==2.51.0
-=======
 PEERS := sentencepiece==0.2.3 gguf==0.19.0 xllamacpp==2026.10.11549 matplotlib==3.11.2
->>>>>>> peers
 
 setup: .venv/.ready-tests  ## Make .venv with everything, without running anything
 
@@ -94,7 +87,6 @@ test-fuzz: .venv/.ready-tests  ## Tens of thousands of bad inputs: files, reques
 test-lm-eval: .venv/.ready-tests .venv-lm-eval/.ready  ## lm-eval through the gateway gives the scores that PyTorch gives directly
 	.venv/bin/python -m tests.gateway.lm_eval.compare .venv-lm-eval/bin/lm_eval
 
-<<<<<<< HEAD
 # perf_analyzer comes with tritonclient 2.51.0, and wants two libraries that nvidia-pytriton holds; aiperf has pins of its own.
 test-perf-tools: .venv/.ready-tests .venv-perf-tools/.ready  ## perf_analyzer and aiperf against a server with its gateway
 	.venv/bin/python -m tests.gateway.perf_tools.run .venv-perf-tools
@@ -110,7 +102,8 @@ test-perf-tools: .venv/.ready-tests .venv-perf-tools/.ready  ## perf_analyzer an
 	    for name in libb64.so.0d libcudart.so.12; do \
 	        ln -s "$$(find ../.venv/ -path '*nvidia_pytriton.libs*' -name "$${name%%.so*}-*.so$${name#*.so}*" -exec readlink -f {} + | head -n 1)" "libraries/$$name"; \
 	    done
-=======
+	@touch $@
+
 # TASKS of lm-eval (it fetches their data) and of tests/evaluation; PRECISIONS bf16,fp8,fp8-kv; MAX_TOKENS the longest context; LIMIT samples a task.
 eval: .venv/.ready-tests .venv-lm-eval/.ready  ## Scores through the server in each precision beside the published ones (CHECKPOINT=, TASKS=, ...)
 	@.venv/bin/python -m tests.evaluation \
@@ -129,7 +122,6 @@ bench-peers: .venv/.ready-tests .venv-peers/.ready  ## The serving path beside w
 	@echo "set-up: .venv-peers with $(PEERS)"
 	@'$(PYTHON)' -m venv --clear .venv-peers
 	@.venv-peers/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off $(PEERS)
->>>>>>> peers
 	@touch $@
 
 .venv-lm-eval/.ready: | .venv/bin/python
@@ -195,11 +187,7 @@ lock: | .venv/bin/python  ## Write requirements/*.txt anew from the pins in pypr
 	for extra in client kernels gateway server triton; do compile "$$extra" --extra "$$extra" --constraint requirements/tests.txt; done
 
 clean:  ## Remove .venv and what the tools left behind
-<<<<<<< HEAD
-	rm -rf .venv .venv-lm-eval .venv-perf-tools .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
-=======
-	rm -rf .venv .venv-lm-eval .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
->>>>>>> peers
+	rm -rf .venv .venv-lm-eval .venv-perf-tools .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## This list
