@@ -18,7 +18,11 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+<<<<<<< HEAD
 .PHONY: serve setup kernels test-gpu bench-gpu check test tools helm-check observability-check drain-check image-check audit test-demo-kernels conformance faults soak test-fuzz test-lm-eval test-perf-tools browser lock clean help
+=======
+.PHONY: serve setup kernels test-gpu bench-gpu check test tools helm-check observability-check drain-check image-check audit test-demo-kernels soak test-fuzz test-lm-eval eval bench-tokenizers bench-peers browser lock clean help
+>>>>>>> peers
 
 # The server binary comes with a wheel unless an installed tritonserver is there.
 SERVER_LOCKS := requirements/server.txt $(if $(wildcard /opt/tritonserver/bin/tritonserver),,requirements/triton.txt)
@@ -31,8 +35,12 @@ BRIEFLY := 2>&1 | sed --unbuffered --regexp-extended \
     --expression '/^ +Downloading .*(kB|bytes)\)$$/d' --expression 's/^ +Downloading /    /' --expression 's/^Installing collected packages.*/    installing/'
 UV := uv==0.13.9
 LM_EVAL := lm_eval[api]==0.4.13
+<<<<<<< HEAD
 AIPERF := aiperf==0.13.0
 PERF_ANALYZER := tritonclient==2.51.0
+=======
+PEERS := sentencepiece==0.2.3 gguf==0.19.0 xllamacpp==2026.10.11549 matplotlib==3.11.2
+>>>>>>> peers
 
 setup: .venv/.ready-tests  ## Make .venv with everything, without running anything
 
@@ -75,16 +83,18 @@ faults: .venv/.ready-tests  ## Everything that may happen to the server from out
 	FAULTS=all .venv/bin/pytest -rs tests/triton/test_deaths.py tests/triton/test_shutdown.py tests/triton/test_host_faults.py \
 	    tests/triton/test_clock.py tests/triton/test_bad_clients.py tests/triton/test_reload.py tests/triton/test_cancellation.py
 
-soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, also with too few pages (about 5 minutes)
-	.venv/bin/python -m tests.triton.soak
+soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, about 5 minutes; MINUTES=30: so long, with memory and handles watched
+	.venv/bin/python -m tests.triton.soak $(if $(MINUTES),--minutes '$(MINUTES)')
 
-test-fuzz: .venv/.ready-tests  ## Ten minutes of requests drawn from the gateway's OpenAPI document
+test-fuzz: .venv/.ready-tests  ## Tens of thousands of bad inputs: files, requests, settings, a live server; ten minutes of the gateway's OpenAPI
+	FUZZ=full .venv/bin/pytest -v -s tests/fuzz
 	FUZZ_SECONDS=600 FUZZ_EXAMPLES=1000 .venv/bin/pytest -rP tests/gateway/test_fuzz.py
 
 # lm-eval wants NumPy 2.
 test-lm-eval: .venv/.ready-tests .venv-lm-eval/.ready  ## lm-eval through the gateway gives the scores that PyTorch gives directly
 	.venv/bin/python -m tests.gateway.lm_eval.compare .venv-lm-eval/bin/lm_eval
 
+<<<<<<< HEAD
 # perf_analyzer comes with tritonclient 2.51.0, and wants two libraries that nvidia-pytriton holds; aiperf has pins of its own.
 test-perf-tools: .venv/.ready-tests .venv-perf-tools/.ready  ## perf_analyzer and aiperf against a server with its gateway
 	.venv/bin/python -m tests.gateway.perf_tools.run .venv-perf-tools
@@ -100,6 +110,26 @@ test-perf-tools: .venv/.ready-tests .venv-perf-tools/.ready  ## perf_analyzer an
 	    for name in libb64.so.0d libcudart.so.12; do \
 	        ln -s "$$(find ../.venv/ -path '*nvidia_pytriton.libs*' -name "$${name%%.so*}-*.so$${name#*.so}*" -exec readlink -f {} + | head -n 1)" "libraries/$$name"; \
 	    done
+=======
+# TASKS of lm-eval (it fetches their data) and of tests/evaluation; PRECISIONS bf16,fp8,fp8-kv; MAX_TOKENS the longest context; LIMIT samples a task.
+eval: .venv/.ready-tests .venv-lm-eval/.ready  ## Scores through the server in each precision beside the published ones (CHECKPOINT=, TASKS=, ...)
+	@.venv/bin/python -m tests.evaluation \
+	    $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(TASKS),--tasks '$(TASKS)') $(if $(PRECISIONS),--precisions '$(PRECISIONS)') \
+	    $(if $(LIMIT),--limit '$(LIMIT)') $(if $(MAX_TOKENS),--max-tokens '$(MAX_TOKENS)') $(if $(JSON),--json '$(JSON)')
+
+bench-tokenizers: .venv/.ready-tests .venv-peers/.ready  ## Tekken's tokens per text against SentencePiece; MB/s of tokenizers (3 minutes; Debian's texts)
+	.venv/bin/python -m tests.bench.bench_tekken
+	.venv/bin/python -m tests.bench.bench_tokenizers
+
+bench-peers: .venv/.ready-tests .venv-peers/.ready  ## The serving path beside what one would use instead, on the CPU (about 6 minutes)
+	.venv/bin/python -m tests.bench.bench_peers
+
+# What others serve with, and plots: they want NumPy 2.
+.venv-peers/.ready: | .venv/bin/python
+	@echo "set-up: .venv-peers with $(PEERS)"
+	@'$(PYTHON)' -m venv --clear .venv-peers
+	@.venv-peers/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off $(PEERS)
+>>>>>>> peers
 	@touch $@
 
 .venv-lm-eval/.ready: | .venv/bin/python
@@ -165,7 +195,11 @@ lock: | .venv/bin/python  ## Write requirements/*.txt anew from the pins in pypr
 	for extra in client kernels gateway server triton; do compile "$$extra" --extra "$$extra" --constraint requirements/tests.txt; done
 
 clean:  ## Remove .venv and what the tools left behind
+<<<<<<< HEAD
 	rm -rf .venv .venv-lm-eval .venv-perf-tools .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+=======
+	rm -rf .venv .venv-lm-eval .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+>>>>>>> peers
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## This list

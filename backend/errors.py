@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 _SHOWN_CHARACTERS = 120
+_LIBRARY_CHARACTERS = 400
 
 
 class NemoError(Exception):
@@ -67,3 +68,13 @@ def shown(value: object) -> str:
     """`repr(value)`, cut so that a hostile input cannot fill the log."""
     text = repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}... ({len(text)} characters)"
+
+
+def one_line(text: str) -> str:
+    """What a library said, which may repeat a hostile input: cut, and with escapes for what is not printable.
+
+    >>> one_line("bad\\x00 \\ud800\\n é")
+    'bad\\\\x00 \\\\ud800\\\\n é'
+    """
+    cut = text if len(text) <= _LIBRARY_CHARACTERS else f"{text[:_LIBRARY_CHARACTERS]}... ({len(text)} characters)"
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in cut)

@@ -17,6 +17,7 @@ from backend.checkpoint.matrix import WeightFormat
 from backend.checkpoint.model_config import ModelConfig, read_model_config
 from backend.checkpoint.weights import weight_bytes
 from backend.errors import ConfigError
+from backend.runner.gathered_attention import gathered_page_bytes
 from backend.runner.memory_plan import MemoryPlan, page_bytes, plan_memory, workspace_bytes
 
 NEMO_12B = ModelConfig(
@@ -56,6 +57,8 @@ def plan_machine(config: ModelConfig, memory_bytes: int, arguments: argparse.Nam
         page_bytes(config, _BYTES[arguments.kv]),
         kv_cache_tokens=0,
         most_tokens=None,
+        gathered_page_bytes=gathered_page_bytes(config, _BYTES[arguments.kv]),
+        max_model_len=arguments.max_model_len,
     )
 
 
@@ -80,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kv", choices=_BYTES, default="bf16")
     parser.add_argument("--memory-fraction", type=float, default=0.9, help="share of the memory to use")
     parser.add_argument("--max-step-tokens", type=int, default=512)
+    parser.add_argument("--max-model-len", type=int, default=131072)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     arguments = parser.parse_args(argv)
     try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from backend.errors import ConfigError, shown
+from backend.errors import ConfigError, one_line, shown
 
 ENVIRONMENT_PREFIX = "NEMO_"
 _TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
@@ -95,11 +95,16 @@ class Settings:
         "tokens that one response of a stream carries at most, for clients that count responses; 0: all that have come since the "
         "last, which is many times faster under load",
     )
+    max_unsent_tokens: int = _setting(
+        32,
+        "tokens by which a stream may be ahead of what its client was sent; there it pauses until they are sent; 0: no bound",
+    )
     recording: str = _setting(
         "",
         "folder in which each engine process writes down what it was asked and what it planned, for "
         "`python -m backend.engine.recording`; the files hold prompts and outputs; empty: none",
     )
+    recording_max_mb: int = _setting(1000, "size at which a recording ends, while serving goes on; 0: no bound")
     log_format: str = _setting("text", "lines of text, or one JSON object a line", choices=("text", "json"))
     log_level: str = _setting("info", "least severe lines in the log", choices=("debug", "info", "warning", "error"))
 
@@ -162,8 +167,8 @@ def read_model_parameters(config_path: Path) -> dict[str, str]:
 
     try:
         config = text_format.Parse(config_path.read_text(), model_config_pb2.ModelConfig())
-    except (OSError, text_format.ParseError) as error:
-        raise ConfigError(f"{config_path}: cannot be read as a model configuration: {error}") from error
+    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+        raise ConfigError(f"{config_path}: cannot be read as a model configuration: {one_line(str(error))}") from error
     return {name: parameter.string_value for name, parameter in config.parameters.items()}
 
 

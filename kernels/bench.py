@@ -30,7 +30,8 @@ from kernels.op import Case, Inputs, Op
 class Timing:
     """Microseconds of one case: median, 10th and 90th percentile of `num_samples`; and what that is per second.
 
-    `share_of_ceiling` is the time that the case's bytes take at the measured read bandwidth, divided by the median.
+    `share_of_ceiling` is the time that the case takes at least, its bytes at the measured read bandwidth and its products at the
+    tensor cores' rate, divided by the median.
     """
 
     op: str
@@ -101,7 +102,7 @@ def summarise(op: Op, case: Case, samples_us: list[float], bytes_per_us: float |
         p90_us=deciles[-1],
         tb_per_s=cost.bytes / median_us / 1e6,
         tflop_per_s=cost.flops / median_us / 1e6,
-        share_of_ceiling=1.0 if bytes_per_us is None else cost.bytes / bytes_per_us / median_us,
+        share_of_ceiling=1.0 if bytes_per_us is None else cost.floor_us(bytes_per_us) / median_us,
     )
 
 

@@ -12,7 +12,7 @@ from kernels.e4m3 import code_bounds, row_scales
 from kernels.errors import ContractError
 from kernels.kv_layout import HEAD_DIM, PAGE_TOKENS, swizzled, unswizzled
 from kernels.launch import Device, Launch, Program
-from kernels.op import Case, Cost, Inputs, Op
+from kernels.op import HALF_FLOP_PER_US, Case, Cost, Inputs, Op
 
 MIN_CHUNK_PAGES = 4
 MAX_CHUNKS = 64
@@ -353,7 +353,7 @@ def cost(case: Case) -> Cost:
     num_rows, num_heads, num_kv_heads, length = (case.sizes[name] for name in ("T", "H", "K", "length"))
     kept = 2 * num_rows * length * num_kv_heads * HEAD_DIM * (1 if case.options.get("fp8") else 2)
     around = num_rows * num_heads * HEAD_DIM * (2 + (1 if case.options.get("output") else 2))
-    return Cost(flops=4 * num_rows * length * num_heads * HEAD_DIM, bytes=kept + around)
+    return Cost(flops=4 * num_rows * length * num_heads * HEAD_DIM, bytes=kept + around, flop_per_us=HALF_FLOP_PER_US)
 
 
 OP = Op(

@@ -27,12 +27,30 @@ class Case:
     is_timed: bool = False
 
 
+# Dense rates of the tensor cores of an H100 or H200 SXM, by NVIDIA's datasheets.
+HALF_FLOP_PER_US = 989e6
+FP8_FLOP_PER_US = 1979e6
+
+
 @dataclass(frozen=True)
 class Cost:
-    """What a case must do at least: floating-point operations, and bytes from and to device memory."""
+    """What a case must do at least: floating-point operations, and bytes from and to device memory.
+
+    `flop_per_us` is the rate of the tensor cores for them; None: they are too few to matter.
+    """
 
     flops: int
     bytes: int
+    flop_per_us: float | None = None
+
+    def floor_us(self, bytes_per_us: float) -> float:
+        """Microseconds that the case takes at least, with this bandwidth.
+
+        >>> Cost(flops=2 * 989_000_000, bytes=4_300_000, flop_per_us=HALF_FLOP_PER_US).floor_us(4.3e6)
+        2.0
+        """
+        of_flops = 0.0 if self.flop_per_us is None else self.flops / self.flop_per_us
+        return max(self.bytes / bytes_per_us, of_flops)
 
 
 @dataclass(frozen=True)

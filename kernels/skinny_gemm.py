@@ -11,7 +11,7 @@ from kernels.arguments import Access, Buffer, Swizzle, TensorMap, int32
 from kernels.contract import check_arguments, check_size
 from kernels.errors import ContractError
 from kernels.launch import Device, Launch, Program
-from kernels.op import Case, Cost, Inputs, Op
+from kernels.op import FP8_FLOP_PER_US, HALF_FLOP_PER_US, Case, Cost, Inputs, Op
 
 MAX_ROWS = 128
 _TILE_OUTPUTS = 64
@@ -317,7 +317,8 @@ def cost(case: Case) -> Cost:
     element_bytes = 2 if case.options.get("bf16") else 1
     out_bytes = (4 if case.options.get("float") else 2) + (2 if case.options.get("residual") else 0)
     moved = (rows + outputs) * inputs * element_bytes + rows * outputs * out_bytes
-    return Cost(flops=2 * rows * outputs * inputs, bytes=moved)
+    rate = HALF_FLOP_PER_US if case.options.get("bf16") else FP8_FLOP_PER_US
+    return Cost(flops=2 * rows * outputs * inputs, bytes=moved, flop_per_us=rate)
 
 
 def _nemo_programs() -> tuple[Program, ...]:

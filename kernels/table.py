@@ -83,7 +83,7 @@ def _shown_case(op: Op) -> Case:
 
 def _rows(op: Op, launches: list[Any], cache: CubinCache, run: dict[str, Any] | None) -> Iterator[str]:
     case = _shown_case(op)
-    num_bytes = op.cost(case).bytes
+    cost = op.cost(case)
     sizes = ", ".join(f"{letter} {size}" for letter, size in case.sizes.items())
     num_emulated = sum(case.is_emulated for case in op.cases)
     where = f"{run['date'][:10]}, {run['gpu']}, {run['commit']}" if run else "not yet run on hardware"
@@ -96,8 +96,8 @@ def _rows(op: Op, launches: list[Any], cache: CubinCache, run: dict[str, Any] | 
             f"{case.name} ({sizes})" if position == 0 else "",
             f"`{launch.kernel}`",
             f"{grid} x {block}",
-            readable_bytes(num_bytes) if position == 0 else "",
-            readable_us(num_bytes / H200_BYTES_PER_US) if position == 0 else "",
+            readable_bytes(cost.bytes) if position == 0 else "",
+            readable_us(cost.floor_us(H200_BYTES_PER_US)) if position == 0 else "",
             str(taken.num_registers),
             str(taken.spill_bytes + taken.stack_bytes),
             readable_bytes(taken.shared_bytes + launch.shared_bytes),

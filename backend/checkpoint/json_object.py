@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backend.errors import ConfigError, shown
+from backend.errors import ConfigError, one_line, shown
 
 LFS_MARKER = b"version https://git-lfs"
 """First bytes of the small text file that git leaves in place of a large one it did not download."""
+MAX_JSON_BYTES = 256 * 2**20
+"""The largest are tokenizers, of some 17 MB."""
 
 
 def refuse_lfs_pointer(path: Path) -> None:
@@ -19,6 +21,18 @@ def refuse_lfs_pointer(path: Path) -> None:
         start = file.read(len(LFS_MARKER))
     if start == LFS_MARKER:
         raise ConfigError(f"{path} is a Git-LFS pointer, not the file itself: run `git lfs pull` in {path.parent}")
+
+
+def read_json_bytes(path: Path) -> bytes:
+    """The content of a JSON file; ConfigError when it cannot be read, is a Git-LFS pointer, or is larger than any such file."""
+    try:
+        refuse_lfs_pointer(path)
+        num_bytes = path.stat().st_size
+        if num_bytes > MAX_JSON_BYTES:
+            raise ConfigError(f"{path}: must have at most {MAX_JSON_BYTES} bytes, found {num_bytes}")
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +44,14 @@ class JsonObject:
 
     @classmethod
     def read(cls, path: Path) -> JsonObject:
-        """Parse the file; ConfigError when it is a Git-LFS pointer, not JSON, or not an object."""
-        refuse_lfs_pointer(path)
+        """Parse the file; ConfigError when it cannot be read, is not JSON, or not an object."""
+        content = read_json_bytes(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(content.decode("utf-8"))
         except ValueError as error:  # covers JSONDecodeError and UnicodeDecodeError
-            raise ConfigError(f"{path}: not valid JSON ({error}); download the file again") from error
+            raise ConfigError(f"{path}: not valid JSON ({one_line(str(error))}); download the file again") from error
+        except RecursionError:
+            raise ConfigError(f"{path}: not valid JSON (nested too deeply); download the file again") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: must hold a JSON object, found {type(values).__name__}")
         return cls(path, values)

@@ -13,10 +13,13 @@ AutoFP8, llm-compressor (github.com/vllm-project/compressed-tensors) and TensorR
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Annotated, Any, Literal
 
 from backend.checkpoint.json_object import JsonObject
+from backend.errors import one_line
 
 WeightScales = Literal["tensor", "channel", "block"]
 BLOCK_SIZE = 128
@@ -51,7 +54,7 @@ class Quantization:
         [False, False, True]
         """
         return not any(
-            re.match(pattern[3:], module) if pattern.startswith("re:") else _is_or_holds(pattern, module)
+            matches(pattern[3:], module) if pattern.startswith("re:") else _is_or_holds(pattern, module)
             for pattern in self.ignored
         )
 
@@ -171,10 +174,39 @@ def _names(section: JsonObject, name: str, value: Any) -> tuple[str, ...]:
     for item in value:
         if item.startswith("re:"):
             try:
-                re.compile(item[3:])
-            except re.error as error:
-                raise section.error(name, f"must hold regular expressions after re: ({error})", item) from error
+                matches(item[3:], "")
+            except ValueError as error:
+                reason = one_line(str(error).splitlines()[-1])
+                raise section.error(name, f"must hold regular expressions after re: ({reason})", item) from error
     return tuple(value)
+
+
+def matches(pattern: str, text: str) -> bool:
+    """Whether `text` begins with a match of a checkpoint's regular expression; ValueError when it is none.
+
+    By Rust's engine, which pydantic brings: it takes no longer than the text is long, where Python's takes for ever on some
+    expressions. It knows no look-around and no back-references.
+    """
+    return _matcher(pattern)(text)
+
+
+@lru_cache
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    from pydantic import StringConstraints, TypeAdapter, ValidationError
+
+    try:
+        adapter = TypeAdapter(Annotated[str, StringConstraints(pattern=f"^(?:{pattern})")])
+    except Exception as error:  # pydantic does not export what it raises here
+        raise ValueError(str(error)) from error
+
+    def is_match(text: str) -> bool:
+        try:
+            adapter.validate_python(text)
+        except ValidationError:
+            return False
+        return True
+
+    return is_match
 
 
 def _is_or_holds(name: str, module: str) -> bool:

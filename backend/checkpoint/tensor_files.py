@@ -20,12 +20,13 @@ from safetensors import SafetensorError, safe_open
 from backend.checkpoint.json_object import JsonObject, refuse_lfs_pointer
 from backend.checkpoint.layouts import TensorSpec
 from backend.checkpoint.model_config import Layout
-from backend.errors import ConfigError, shown
+from backend.errors import ConfigError, one_line, shown
 
 _DENSE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn}
 """The dtypes that are read, by safetensors' names."""
 _STEMS: dict[Layout, str] = {"huggingface": "model", "mistral": "consolidated"}
+_FILE_NAME = re.compile(r"[\w .+=@-]{1,200}\.safetensors")
 _SHARD_NUMBER = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 REMEDY = "download the checkpoint again"
 
@@ -49,14 +50,17 @@ class StoredTensor:
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """`safetensors.safe_open` on the CPU; ConfigError for a missing, truncated or foreign file."""
-    if not path.is_file():
-        raise ConfigError(f"{path} is missing, though the checkpoint refers to it; {REMEDY}")
-    refuse_lfs_pointer(path)
+    try:
+        if not path.is_file():
+            raise ConfigError(f"{path} is missing, though the checkpoint refers to it; {REMEDY}")
+        refuse_lfs_pointer(path)
+    except OSError as error:  # a name that is too long, a file that may not be read
+        raise ConfigError(f"{shown(str(path))} cannot be read: {error.strerror}; {REMEDY}") from error
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except SafetensorError as error:
-        raise ConfigError(f"{path} is not a complete safetensors file ({error}); {REMEDY}") from error
+        raise ConfigError(f"{path} is not a complete safetensors file ({one_line(str(error))}); {REMEDY}") from error
 
 
 def find_tensors(folder: Path, layout: Layout) -> dict[str, Path]:
@@ -138,8 +142,10 @@ def _from_index(folder: Path, index_path: Path) -> dict[str, Path]:
         raise ConfigError(f"{index_path}: weight_map is missing or empty; {REMEDY}")
     files: dict[str, Path] = {}
     for name, file_name in index.values.items():
-        if not isinstance(file_name, str) or Path(file_name).name != file_name:
-            raise index.error(f"weight_map[{shown(name)}]", "must be the name of a file in the same folder", file_name)
+        if not isinstance(file_name, str) or not _FILE_NAME.fullmatch(file_name):
+            raise index.error(
+                f"weight_map[{shown(name)}]", "must be the name of a .safetensors file in the same folder", file_name
+            )
         files[name] = folder / file_name
     for path in sorted(set(files.values())):
         present = set(_names(path))

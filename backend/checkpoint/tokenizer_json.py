@@ -23,6 +23,9 @@ TEKKEN_PATTERN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+MAX_TOKEN_BYTES = 1024
+"""Tekken's longest has 78; all splits of a token are tried, so that a long one would take for ever."""
+
 
 class _AddedToken(msgspec.Struct):
     id: int
@@ -79,6 +82,11 @@ def read_tokenizer_json(path: Path) -> tuple[list[bytes], list[str]]:
     ranks: list[bytes | None] = [None] * num_ranks
     rank_of: dict[str, int] = {}
     for token_text, token_id in model.vocab.items():
+        if len(token_text) > MAX_TOKEN_BYTES:
+            raise ConfigError(
+                f"{path}: model.vocab must have tokens of at most {MAX_TOKEN_BYTES} bytes, found {len(token_text)} "
+                f"for id {token_id}"
+            )
         rank = token_id - len(special_tokens)
         if rank >= 0:
             ranks[rank] = _bytes_of(path, token_text)

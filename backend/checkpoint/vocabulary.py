@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from backend.checkpoint.json_file import read_json
-from backend.checkpoint.tokenizer_json import TEKKEN_PATTERN, read_tokenizer_json
+from backend.checkpoint.tokenizer_json import MAX_TOKEN_BYTES, TEKKEN_PATTERN, read_tokenizer_json
 from backend.errors import ConfigError, shown
 
 TEKKEN_FILE = "tekken.json"
@@ -118,6 +118,8 @@ def _read_tekken(path: Path) -> Vocabulary:
         raise ConfigError(
             f"{path}: config.version must be 'v3', the version of Mistral NeMo, but is {shown(config.version)}"
         )
+    if config.pattern != TEKKEN_PATTERN:  # it cuts every text of every client: another one may take for ever on some
+        raise ConfigError(f"{path}: config.pattern is not Tekken's: {shown(config.pattern)}")
     if config.num_vocab_tokens != len(tekken.vocab):
         raise ConfigError(
             f"{path}: config.num_vocab_tokens is {config.num_vocab_tokens} but vocab has {len(tekken.vocab)} entries"
@@ -167,8 +169,10 @@ def _vocabulary(path: Path, ranks: Sequence[bytes], special_tokens: Sequence[str
             raise ConfigError(
                 f"{path}: the token of rank {rank} must be the byte {bytes([rank])!r} but is {shown(token)}"
             )
-        if not token:
-            raise ConfigError(f"{path}: the token of rank {rank} is empty")
+        if not 1 <= len(token) <= MAX_TOKEN_BYTES:
+            raise ConfigError(
+                f"{path}: the token of rank {rank} must have 1 to {MAX_TOKEN_BYTES} bytes but has {len(token)}"
+            )
         if rank_of.setdefault(token, rank) != rank:
             raise ConfigError(f"{path}: ranks {rank_of[token]} and {rank} are the same token {shown(token)}")
     if len(rank_of) < _NUM_BYTES:

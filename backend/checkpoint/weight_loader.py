@@ -16,7 +16,7 @@ from backend.checkpoint.matrix import Matrix, WeightFormat
 from backend.checkpoint.model_config import ModelConfig
 from backend.checkpoint.piece_reader import Piece, read_pieces
 from backend.checkpoint.quantization import BLOCK_SIZE
-from backend.checkpoint.tensor_files import StoredTensor, check_tensors, find_tensors, open_tensors
+from backend.checkpoint.tensor_files import REMEDY, StoredTensor, check_tensors, find_tensors, open_tensors
 from backend.checkpoint.weights import Weights, allocate_weights
 from backend.errors import ConfigError
 
@@ -39,7 +39,8 @@ def load_weights(
 
     Host memory above the final copy: the staging buffers of `piece_reader`, and all scales. Dense values become FP8 with one
     scale for each row. FP8 values stay as they are, but those with block scales get one for each row, which rounds them once
-    more. ConfigError names file, tensor, what is expected and found.
+    more. ConfigError names file, tensor, what is expected and found; also for values that are not finite as they are held, which
+    would make every answer nonsense.
     """
     started_s = time.monotonic()
     files = find_tensors(folder, config.layout)
@@ -51,12 +52,15 @@ def load_weights(
     _place_scales(scales, specs, weights)
     values = [(tensor, _rows_together(specs[tensor.name])) for tensor in tensors if specs[tensor.name].kind == "values"]
     bytes_done = bytes_total - sum(tensor.num_bytes for tensor, _ in values)
+    is_finite: dict[StoredTensor, torch.Tensor] = {}
     for piece in read_pieces(values, device):
         spec = specs[piece.tensor.name]
-        _place_values(piece, spec, scales.get(spec.scale_name), weights)
+        rows = _place_values(piece, spec, scales.get(spec.scale_name), weights)
+        is_finite[piece.tensor] = _is_finite(rows) & is_finite.get(piece.tensor, True)
         bytes_done += piece.rows.numel() * piece.rows.itemsize
         if progress is not None:
             progress(bytes_done, bytes_total)
+    _refuse_what_is_not_finite(is_finite, weight_format)
     if weights.head.scales is not None and config.tie_word_embeddings:
         for first_row in range(0, config.vocab_size, _TIED_HEAD_ROWS):
             _convert(weights.embedding[first_row : first_row + _TIED_HEAD_ROWS], None, weights.head, first_row)
@@ -112,7 +116,8 @@ def _place_scales(scales: Mapping[str, torch.Tensor], specs: Mapping[str, Tensor
             torch.maximum(target.input_scale, scale.to(target.input_scale.device), out=target.input_scale)
 
 
-def _place_values(piece: Piece, spec: TensorSpec, scale: torch.Tensor | None, weights: Weights) -> None:
+def _place_values(piece: Piece, spec: TensorSpec, scale: torch.Tensor | None, weights: Weights) -> Matrix:
+    """Convert a piece into its rows of the weights; returns these rows."""
     target = _target(weights, spec)
     source, first_row = piece.rows, spec.first_row + piece.first_row
     if spec.num_interleaved_heads:
@@ -129,6 +134,31 @@ def _place_values(piece: Piece, spec: TensorSpec, scale: torch.Tensor | None, we
         target.scales[rows] = scale.to(target.scales.device)
     else:
         _convert(source, scale, target, first_row)
+    rows = slice(first_row, first_row + len(source))
+    if isinstance(target, torch.Tensor):
+        return Matrix(target[rows])
+    return Matrix(target.values[rows], None if target.scales is None else target.scales[rows])
+
+
+def _is_finite(rows: Matrix) -> torch.Tensor:
+    """Whether all values and scales are: a BOOL on their device, which nobody waits for."""
+    if rows.values.dtype == fp8.DTYPE:  # has no infinities; a NaN is all ones but for the sign
+        is_finite = ((rows.values.view(torch.uint8) & 0x7F) != 0x7F).all()
+    else:
+        low, high = torch.aminmax(rows.values)  # NaN when there is one
+        is_finite = low.isfinite() & high.isfinite()
+    return is_finite if rows.scales is None else is_finite & rows.scales.isfinite().all()
+
+
+def _refuse_what_is_not_finite(is_finite: Mapping[StoredTensor, torch.Tensor], weight_format: WeightFormat) -> None:
+    flags = torch.stack(tuple(is_finite.values())).tolist()
+    bad = [tensor for tensor, flag in zip(is_finite, flags, strict=True) if not flag]
+    if bad:
+        held = str(weight_format.dense).removeprefix("torch.")
+        raise ConfigError(
+            f"{bad[0].path}: tensor {bad[0].name} must hold finite numbers, found NaN, infinity or a number beyond {held} "
+            f"(so {len(bad)} of {len(is_finite)} tensors); {REMEDY}"
+        )
 
 
 def _convert(source: torch.Tensor, scale: torch.Tensor | None, target: Matrix, first_row: int) -> None:

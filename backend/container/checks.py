@@ -130,6 +130,7 @@ def check_memory(folder: Path, settings: Settings, gpus: list[Gpu]) -> Iterator[
         kv=kv,
         memory_fraction=settings.gpu_memory_fraction,
         max_step_tokens=settings.max_step_tokens,
+        max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
     )
     try:

@@ -144,7 +144,7 @@ def hub_name(source: str) -> tuple[str, str | None]:
     """
     found = _HUB_NAME.fullmatch(source)
     if found is None:
-        raise ConfigError(f"the model must be hf://ORGANISATION/NAME[@REVISION], got {shown(source)}")
+        raise ConfigError(f"model: must be hf://ORGANISATION/NAME[@REVISION], got {shown(source)}")
     return found[1], found[2]
 
 

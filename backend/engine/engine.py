@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -71,6 +71,10 @@ class Engine:
         """Take back every request that its client named `request_id`."""
         self._inbox.put(lambda: self._scheduler.abort_request_id(request_id))
 
+    def note_sent(self, counts: Mapping[int, int]) -> None:
+        """Take over how many ids of which requests, by handle, have been sent to their clients."""
+        self._inbox.put(lambda: self._note_sent(counts))
+
     def abort_all(self) -> None:
         """Take everything back and go on serving."""
         self._inbox.put(self._scheduler.abort_all)
@@ -101,8 +105,9 @@ class Engine:
 
     def _run(self) -> None:
         in_flight: Launched | None = None
+        can_go_on = False
         while True:
-            is_idle = in_flight is None and not self._scheduler.has_work
+            is_idle = in_flight is None and not can_go_on
             self._turn_started_s = 0.0
             events = self._drain_inbox(wait=is_idle)
             if self._is_stopping:
@@ -111,14 +116,16 @@ class Engine:
             events += self._scheduler.expire(time.monotonic_ns())
             plan = self._scheduler.plan(time.monotonic_ns())
             launched = None if plan is None else Launched(plan, self._runner.launch(plan))
-            if launched is not None and not launched.plan.needs_masks:
+            needs_masks = plan is not None and plan.needs_masks
+            if launched is not None and not needs_masks:
                 launched.step.draw({})
             if in_flight is not None:
                 events += self._scheduler.commit(in_flight.plan, in_flight.step.result(), time.monotonic_ns())
-            if launched is not None and launched.plan.needs_masks:
+            if launched is not None and needs_masks:
                 launched.step.draw(self._scheduler.masks(launched.plan))
             if launched is not None or in_flight is not None:
                 self._count_step_time(time.monotonic() - self._turn_started_s)
+            can_go_on = self._scheduler.has_work and (launched is not None or in_flight is not None)
             in_flight = launched
             if not self._scheduler.has_work:
                 self._scheduler.check_integrity()
@@ -134,6 +141,10 @@ class Engine:
             self._scheduler.stats(), step_time_s=self._step_time_s, step_time_counts=counts
         )
         return stats
+
+    def _note_sent(self, counts: Mapping[int, int]) -> list[Event]:
+        self._scheduler.note_sent(counts)
+        return []
 
     def _add(self, request: GenerationRequest, arrival_ns: int) -> list[Event]:
         """Take a request into the queue; only then is its grammar compiled, so that the bounds of the queue hold for that too."""

@@ -93,6 +93,11 @@ class EngineProcess:
         with contextlib.suppress(EngineFailure):
             self._send(messages.AbortRequestId(request_id))
 
+    def note_sent(self, counts: dict[int, int]) -> None:
+        """Tell how many ids of which requests have been sent; nothing is left to do when the engine is gone."""
+        with contextlib.suppress(EngineFailure):
+            self._send(messages.Sent(counts))
+
     def close(self) -> None:
         """End the engine; what still runs is lost."""
         self._is_closing = True

@@ -83,7 +83,10 @@ class KvMemory:
         return True
 
     def name_full_pages(self, holder: Holder, num_tokens: int, token_ids: Ids[int]) -> None:
-        """Tell the prefix cache of pages that became full: the first `num_tokens` ids have their KV in them."""
+        """Tell the prefix cache of pages that became full: the first `num_tokens` ids have their KV in them.
+
+        `token_ids` may be cut where what follows is not to be found.
+        """
         if not holder.may_write_cache:
             return
         for index in range(holder.num_named_pages, min(num_tokens, len(token_ids)) // PAGE_TOKENS):

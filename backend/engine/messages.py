@@ -38,6 +38,12 @@ class AbortRequestId(msgspec.Struct, frozen=True, tag=True):
     request_id: str
 
 
+class Sent(msgspec.Struct, frozen=True, tag=True):
+    """So many ids of these requests, by handle, have been sent to their clients."""
+
+    counts: dict[int, int]
+
+
 class Loading(msgspec.Struct, frozen=True, tag=True):
     """Progress while loading: what, and how many of how many bytes."""
 
@@ -81,7 +87,10 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     is_config: bool
 
 
-ToEngine = Start | Submit | Abort | AbortRequestId
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread may keep the others of its process waiting, on both sides: Python's 5 ms is more than a step takes."""
+
+ToEngine = Start | Submit | Abort | AbortRequestId | Sent
 FromEngine = Loading | Ready | Alive | Step | Fatal
 
 _encoder = msgspec.msgpack.Encoder()

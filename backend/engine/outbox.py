@@ -1,7 +1,8 @@
 """The engine's way out: messages to the owner, written in a thread of their own, so that a slow owner never holds up a step.
 
 What the owner has not taken yet is joined: one event for each sequence, the latest stats. So what waits is bounded by the
-sequences there are, however fast the device and however slow the owner.
+sequences there are, however fast the device and however slow the owner; with a bound on joining, by what the scheduler lets
+streams be ahead of their clients (`max_unsent_tokens`).
 """
 
 from __future__ import annotations
@@ -9,8 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import deque
-from itertools import islice
+from collections import OrderedDict, deque
 from multiprocessing.connection import Connection
 
 from backend.engine import messages
@@ -34,7 +34,7 @@ class WaitingStep:
         self._max_tokens = max_tokens
         self._first_stats = step.stats
         self._failed: list[RequestFailed] = []
-        self._waiting: dict[int, JoinedEvent | TokenEvent] = {}
+        self._waiting: OrderedDict[int, JoinedEvent | TokenEvent] = OrderedDict()
         self._num_seen = 0
         self._last: dict[tuple[int, int], int] = {}
         self.join(step)
@@ -61,10 +61,9 @@ class WaitingStep:
 
     def take(self) -> tuple[messages.Step, bool]:
         """The first MOST_EVENTS events as one step, and whether anything is left; failures and the load come with the last."""
-        taken = list(islice(self._waiting.items(), MOST_EVENTS))
-        tokens = []
-        for key, event in taken:
-            del self._waiting[key]
+        tokens: list[TokenEvent] = []
+        while self._waiting and len(tokens) < MOST_EVENTS:
+            key, event = self._waiting.popitem(last=False)
             if self._last[event.handle, event.sequence_index] == key:
                 del self._last[event.handle, event.sequence_index]
             tokens.append(event if isinstance(event, TokenEvent) else event.event())

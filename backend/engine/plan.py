@@ -69,6 +69,11 @@ class PlanRow(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         """Whether the id to run is the one last sampled in the slot, and known there alone."""
         return not self.token_ids
 
+    @property
+    def forced_ids(self) -> tuple[int, ...]:
+        """Ids that become output without being drawn."""
+        return self.token_ids[len(self.token_ids) - self.num_forced :] if self.num_forced else ()
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -86,7 +91,7 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         """Tokens in the step (shape letter T)."""
-        return sum(row.num_tokens for row in self.rows)
+        return sum([row.num_tokens for row in self.rows])
 
 
 class TokenLogProbs(msgspec.Struct, frozen=True, array_like=True):

@@ -50,7 +50,8 @@ def make_scheduler(settings: Settings, limits: SchedulerLimits, vocabulary: Voca
     except OSError as error:
         raise ConfigError(f"setting recording: {path} cannot be written: {error.strerror}") from error
     log.info("everything that is asked and planned is written to %s", path)
-    return RecordingScheduler(limits, vocabulary.token_bytes, vocabulary.eos_id, file)
+    most_bytes = settings.recording_max_mb * 10**6
+    return RecordingScheduler(limits, vocabulary.token_bytes, vocabulary.eos_id, file, most_bytes)
 
 
 def build_engine(settings: Settings, outbox: Outbox) -> Engine:
@@ -71,6 +72,8 @@ def build_engine(settings: Settings, outbox: Outbox) -> Engine:
         num_host_pages=served.runner.num_host_pages,
         max_queued_tokens=settings.max_queued_tokens,
         has_prefix_cache=settings.prefix_cache,
+        max_unsent_tokens=settings.max_unsent_tokens,
+        caches_outputs=served.runner.caches_outputs,
         max_num_seqs=served.runner.max_num_seqs,
         max_step_tokens=settings.max_step_tokens,
         max_queued_requests=settings.max_queued_requests,
@@ -105,6 +108,8 @@ def read_orders(connection: Connection, engine: Engine) -> None:
                 engine.abort(message.handle)
             elif isinstance(message, messages.AbortRequestId):
                 engine.abort_request_id(message.request_id)
+            elif isinstance(message, messages.Sent):
+                engine.note_sent(message.counts)
     except (EOFError, OSError):
         log.debug("the owner closed the connection")
     finally:
@@ -131,6 +136,7 @@ def main(file_descriptor: int) -> int:
     threading.excepthook = end_process
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    sys.setswitchinterval(messages.SWITCH_INTERVAL_S)
     connection = Connection(file_descriptor)
     start = messages.receive_in_engine(connection)
     assert isinstance(start, messages.Start), "the first message says what to serve"

@@ -15,7 +15,7 @@ import hashlib
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -72,6 +72,12 @@ class Aborted(msgspec.Struct, frozen=True, tag=True):
     handle: int
 
 
+class Sent(msgspec.Struct, frozen=True, tag=True):
+    """So many ids of these requests were sent to their clients."""
+
+    counts: dict[int, int]
+
+
 class Expired(msgspec.Struct, frozen=True, tag=True):
     """Deadlines passed."""
 
@@ -96,19 +102,24 @@ class Committed(msgspec.Struct, frozen=True, tag=True):
     now_ns: int
 
 
-Frame = Began | Added | GaveGuide | Failed | Aborted | Expired | Planned | Masked | Committed
+Frame = Began | Added | GaveGuide | Failed | Aborted | Sent | Expired | Planned | Masked | Committed
 _decoder = msgspec.msgpack.Decoder(Frame)
 
 
 class RecordingScheduler(Scheduler):
     """A Scheduler that writes down every call before it carries it out; `file` is flushed whenever nothing is left to do.
 
-    When the file cannot be written any more (a full disk), the recording ends there, the log says so, and serving goes on.
+    When the file cannot be written any more (a full disk) or has `most_bytes` (0: no bound), the recording ends there, the log
+    says so, and serving goes on.
     """
 
-    def __init__(self, limits: SchedulerLimits, token_bytes: Sequence[bytes], eos_id: int, file: BinaryIO) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, token_bytes: Sequence[bytes], eos_id: int, file: BinaryIO, most_bytes: int = 0
+    ) -> None:
         super().__init__(limits, token_bytes, eos_id)
         self._file: BinaryIO | None = file
+        self._most_bytes = most_bytes
+        self._num_bytes = 0
         self._write(Began(limits, eos_id, vocabulary_digest(token_bytes)))
 
     def add(self, request: GenerationRequest, now_ns: int, guide: Guide | None = None) -> None:
@@ -130,6 +141,11 @@ class RecordingScheduler(Scheduler):
         """Write down, then take back; aborts by request id and of all come here too."""
         self._write(Aborted(handle))
         return super().abort(handle)
+
+    def note_sent(self, counts: Mapping[int, int]) -> None:
+        """Write down, then let streams go on."""
+        self._write(Sent(dict(counts)))
+        super().note_sent(counts)
 
     def expire(self, now_ns: int) -> list[Event]:
         """End requests; written down when there were any."""
@@ -166,12 +182,21 @@ class RecordingScheduler(Scheduler):
                 self._file.flush()
             else:
                 encoded = msgspec.msgpack.encode(frame)
-                self._file.write(len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded)
+                self._num_bytes += _LENGTH_BYTES + len(encoded)
+                if 0 < self._most_bytes < self._num_bytes:
+                    self._end_recording(
+                        self._file, f"it has its {self._most_bytes // 10**6} MB (setting recording_max_mb)"
+                    )
+                else:
+                    self._file.write(len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded)
         except OSError as error:
-            log.error("the recording %s ends here, it cannot be written: %s", self._file.name, error.strerror)
-            file, self._file = self._file, None
-            with contextlib.suppress(OSError):  # it would write what it still holds
-                file.close()
+            self._end_recording(self._file, f"it cannot be written: {error.strerror}")
+
+    def _end_recording(self, file: BinaryIO, reason: str) -> None:
+        log.error("the recording %s ends here, %s", file.name, reason)
+        self._file = None
+        with contextlib.suppress(OSError):  # it would write what it still holds
+            file.close()
 
 
 class Replay:
@@ -206,6 +231,8 @@ class Replay:
                     scheduler.fail(handle, kind, message)
                 case Aborted(handle):
                     scheduler.abort(handle)
+                case Sent(counts):
+                    scheduler.note_sent(counts)
                 case Expired(now_ns):
                     scheduler.expire(now_ns)
                 case Planned(now_ns, digest):

@@ -10,6 +10,7 @@ pages of lower-ranked ones out to the host (kv_memory.py), never the other way r
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 
@@ -22,12 +23,17 @@ from backend.engine.waiting_queue import WaitingQueue
 from backend.errors import RequestError
 
 _NEVER_NS = 2**63 - 1
+_NO_BOUND = 2**63 - 1
 Event = TokenEvent | RequestFailed
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """Bounds of a step, of memory and of the queue; 0 means none for `default_deadline_ms` and `max_queued_tokens`."""
+    """Bounds of a step, of memory, of the queue and of what a stream may be ahead of its client.
+
+    0 means none for `default_deadline_ms`, `max_queued_tokens` and `max_unsent_tokens`.
+    `caches_outputs`: pages with generated tokens are found by prompts too; the runner's `caches_outputs` says where that may be.
+    """
 
     num_pages: int
     max_num_seqs: int
@@ -37,6 +43,8 @@ class SchedulerLimits:
     num_host_pages: int = 0
     max_queued_tokens: int = 0
     has_prefix_cache: bool = True
+    max_unsent_tokens: int = 0
+    caches_outputs: bool = True
 
 
 class Scheduler:
@@ -82,6 +90,7 @@ class Scheduler:
         """
         self._waiting.check_room(request)
         deadline_ms = request.deadline_ms or self.limits.default_deadline_ms
+        is_bounded = request.stream and self.limits.max_unsent_tokens
         group = RequestGroup(
             request,
             self._token_bytes,
@@ -91,6 +100,7 @@ class Scheduler:
             now_ns + deadline_ms * 1_000_000 if deadline_ms else _NEVER_NS,
             self._num_accepted,
             has_prefix_cache=self.limits.has_prefix_cache,
+            most_unsent=self.limits.max_unsent_tokens * request.num_return_sequences if is_bounded else _NO_BOUND,
         )
         if guide is not None:
             group.start_guide(guide)
@@ -117,6 +127,13 @@ class Scheduler:
         """End a request with an error; nothing happens when it was taken back meanwhile."""
         group = self._groups.get(handle)
         return [] if group is None else [self._fail(group, kind, message)]
+
+    def note_sent(self, counts: Mapping[int, int]) -> None:
+        """Take over how many ids of which requests have been sent to their clients; those that have ended do not matter."""
+        for handle, count in counts.items():
+            group = self._groups.get(handle)
+            if group is not None:
+                group.num_unsent = max(0, group.num_unsent - count)  # an echo was sent, and is none of these
 
     def abort(self, handle: int) -> list[Event]:
         """Take a request back; a handle that is unknown or finished is no error (the two cross on the way)."""
@@ -150,21 +167,29 @@ class Scheduler:
     def plan(self, now_ns: int) -> StepPlan | None:
         """The next step, or None when nothing can run: decodes first, then prefill chunks.
 
+        A stream that is far ahead of its client pauses, with everything it has, until `note_sent`.
+
         Memory is given out in the order of ranks before that, so a sequence only ever takes pages of those behind it, which
         have no row in this step yet.
         """
         self._admit_waiting(now_ns)
         decodes: list[PlanRow] = []
         prefills: list[PlanRow] = []
-        is_decoding = list(map(_is_decoding, self._running))
+        decode = Phase.DECODE
+        is_decoding = [
+            sequence.phase is decode
+            and sequence.num_draws_left > 0
+            and sequence.group.num_unsent < sequence.group.most_unsent
+            for sequence in self._running
+        ]
         budget = self.limits.max_step_tokens - sum(is_decoding)
         for position, sequence in enumerate(self._running):
             if is_decoding[position]:
-                known_ids = () if sequence.guide is None else self._known_ids(sequence, 1 + budget)
-                num_tokens = len(known_ids) or 1
-                if self._make_ready(sequence, position, sequence.num_planned_tokens + num_tokens):
+                known_ids = () if sequence.guide is None else sequence.known_ids(1 + budget)
+                end = sequence.num_planned_tokens + (len(known_ids) or 1)
+                if end <= sequence.kv.table.num_ready_tokens or self._make_ready(sequence, position, end):
                     decodes.append(self._decode_row(sequence, known_ids))
-                    budget -= num_tokens - 1
+                    budget -= decodes[-1].num_forced
             elif sequence.phase is Phase.PREFILL and budget:
                 end = min(sequence.num_planned_tokens + budget, sequence.num_prompt_tokens)
                 if self._make_ready(sequence, position, end):
@@ -183,34 +208,29 @@ class Scheduler:
         drawn = iter(result.token_ids)
         log_probs = iter(result.log_probs or (None,) * len(result.token_ids))
         prompt_log_probs = iter(result.prompt_log_probs)
+        finished = Phase.FINISHED
         for row in plan.rows:
             sequence = self._by_slot[row.slot]
             sequence.num_in_flight -= 1
-            sequence.num_committed_tokens = row.start + row.num_tokens
+            num_tokens = row.num_tokens
+            sequence.num_committed_tokens = num_committed = row.start + num_tokens
             if row.num_prompt_logprobs is not None:
                 sequence.prompt_log_probs += next(prompt_log_probs)
             if row.is_sampled:
-                sequence.num_draws_in_flight -= 1 + row.num_forced
                 token_id, log_prob = next(drawn), next(log_probs)
-                for forced_id in _forced_ids(row):
-                    if sequence.phase is not Phase.FINISHED:
-                        events.append(self._append(sequence, forced_id, None, now_ns))
-                if sequence.phase is not Phase.FINISHED:
-                    try:
-                        if sequence.guide is not None:
-                            sequence.guide.accept(token_id)
-                    except RequestError as error:
-                        events.append(self._fail(sequence.group, FailureKind.INVALID, str(error)))
-                    else:
-                        events.append(self._append(sequence, token_id, log_prob, now_ns))
+                if sequence.guide is not None:
+                    events += self._append_guided(sequence, row, token_id, log_prob, now_ns)
+                elif sequence.phase is not finished:
+                    events.append(self._append(sequence, token_id, log_prob, now_ns))
             elif sequence.is_scored:
                 events.append(sequence.finish_score(now_ns))
                 self._forget_if_finished(sequence.group)
-            if sequence.index == 0 and row.start < sequence.num_prompt_tokens <= sequence.num_committed_tokens:
+            if row.token_ids and row.start < sequence.num_prompt_tokens <= num_committed and sequence.index == 0:
                 self._waiting.add_siblings(sequence.group)
-            if sequence.num_committed_tokens % PAGE_TOKENS < row.num_tokens:
-                self._memory.name_full_pages(sequence.kv, sequence.num_committed_tokens, sequence.token_ids)
-            if sequence.is_releasable:
+            if num_committed % PAGE_TOKENS < num_tokens:
+                nameable = sequence.token_ids if self.limits.caches_outputs else sequence.request.prompt_token_ids
+                self._memory.name_full_pages(sequence.kv, num_committed, nameable)
+            if sequence.phase is finished and sequence.is_releasable:
                 self._release(sequence)
         assert next(drawn, None) is None, "more ids than sampled rows"
         return events
@@ -226,7 +246,7 @@ class Scheduler:
             if row.is_guided and row.is_sampled and sequence.phase is not Phase.FINISHED:
                 assert sequence.guide is not None
                 try:
-                    for token_id in _forced_ids(row):
+                    for token_id in row.forced_ids:
                         sequence.guide.accept(token_id)
                     masks[row.slot] = sequence.guide.mask()
                 except RequestError as error:
@@ -274,32 +294,23 @@ class Scheduler:
         )
         return is_ready
 
-    @staticmethod
-    def _known_ids(sequence: Sequence, most: int) -> tuple[int, ...]:
-        """What a grammar forces: the id that is being drawn and those behind it, when there is at least one behind it.
-
-        Not when log-probabilities are asked for, since an id that is not drawn has none.
-        """
-        if sequence.guide is None or sequence.num_draws_in_flight != 1 or sequence.request.num_logprobs is not None:
-            return ()
-        # One more draw comes behind the forced ids, and all must stay within max_tokens.
-        room = sequence.request.max_tokens - sequence.num_outputs - 1
-        ids = sequence.guide.forced_ids()[: max(0, min(room, most))]
-        return ids if len(ids) > 1 else ()
-
     def _decode_row(self, sequence: Sequence, known_ids: tuple[int, ...]) -> PlanRow:
-        start, num_forced = sequence.num_planned_tokens, max(0, len(known_ids) - 1)
-        self._count_planned(sequence, 1 + num_forced, is_sampled=True)
-        sequence.num_draws_in_flight += num_forced
+        start, num_tokens = sequence.num_planned_tokens, len(known_ids) or 1
+        sequence.num_planned_tokens = start + num_tokens
+        sequence.num_in_flight += 1
+        sequence.num_draws_left -= num_tokens
+        page_ids = sequence.kv.table.page_ids
+        if sequence.guide is None:
+            return PlanRow(sequence.slot, start, num_tokens, known_ids, page_ids, is_sampled=True)
         return PlanRow(
             sequence.slot,
             start,
-            1 + num_forced,
+            num_tokens,
             known_ids,
-            sequence.kv.table.page_ids,
+            page_ids,
             is_sampled=True,
-            num_forced=num_forced,
-            is_guided=sequence.guide is not None,
+            num_forced=num_tokens - 1,
+            is_guided=True,
         )
 
     def _prefill_row(self, sequence: Sequence, end: int) -> PlanRow:
@@ -308,7 +319,9 @@ class Scheduler:
         is_sampled = is_last and request.max_tokens > 0
         slot_start = None if sequence.has_started else sequence.slot_start()
         sequence.has_started = True
-        self._count_planned(sequence, end - start, is_sampled=is_sampled)
+        sequence.num_planned_tokens = end
+        sequence.num_in_flight += 1
+        sequence.num_draws_left -= is_sampled
         if is_last:
             sequence.phase = Phase.DECODE
         return PlanRow(
@@ -322,12 +335,6 @@ class Scheduler:
             request.num_prompt_logprobs if sequence.index == 0 else None,
             is_guided=sequence.guide is not None,
         )
-
-    @staticmethod
-    def _count_planned(sequence: Sequence, num_tokens: int, *, is_sampled: bool) -> None:
-        sequence.num_planned_tokens += num_tokens
-        sequence.num_in_flight += 1
-        sequence.num_draws_in_flight += is_sampled
 
     def _admit_waiting(self, now_ns: int) -> None:
         """Admit in the order of ranks, as long as the step is not full with what runs already."""
@@ -365,8 +372,26 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, token_id: int, log_prob: TokenLogProbs | None, now_ns: int) -> TokenEvent:
         event = sequence.append(token_id, log_prob, now_ns)
-        self._forget_if_finished(sequence.group)
+        if event.finish is not None:
+            self._forget_if_finished(sequence.group)
         return event
+
+    def _append_guided(
+        self, sequence: Sequence, row: PlanRow, token_id: int, log_prob: TokenLogProbs | None, now_ns: int
+    ) -> list[Event]:
+        """Take over what a grammar forced and the id drawn behind that, as far as the sequence has not ended."""
+        events: list[Event] = []
+        for forced_id in row.forced_ids:
+            if sequence.phase is not Phase.FINISHED:
+                events.append(self._append(sequence, forced_id, None, now_ns))
+        if sequence.phase is Phase.FINISHED:
+            return events
+        assert sequence.guide is not None
+        try:
+            sequence.guide.accept(token_id)
+        except RequestError as error:
+            return [*events, self._fail(sequence.group, FailureKind.INVALID, str(error))]
+        return [*events, self._append(sequence, token_id, log_prob, now_ns)]
 
     def _end(self, group: RequestGroup, reason: FinishReason, kind: FailureKind, message: str) -> list[Event]:
         """End what is unfinished of a request: an error when it has no token yet, a finish reason afterwards."""
@@ -405,17 +430,8 @@ class Scheduler:
             del self._groups[group.request.handle]
 
 
-def _is_decoding(sequence: Sequence) -> bool:
-    return sequence.phase is Phase.DECODE and sequence.wants_another_token
-
-
 def _num_wanted_tokens(sequence: Sequence) -> int:
     """Tokens a sequence would run if a step had no bound."""
     if sequence.phase is Phase.PREFILL:
         return sequence.num_prompt_tokens - sequence.num_planned_tokens
-    return _is_decoding(sequence)
-
-
-def _forced_ids(row: PlanRow) -> tuple[int, ...]:
-    """Ids of a row that become output without being drawn."""
-    return row.token_ids[len(row.token_ids) - row.num_forced :] if row.num_forced else ()
+    return sequence.phase is Phase.DECODE and sequence.num_draws_left > 0

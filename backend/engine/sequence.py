@@ -53,8 +53,8 @@ class Sequence:
     """One of a request's `num_return_sequences` generations.
 
     `num_planned_tokens` counts positions whose step was planned, `num_in_flight` steps that were launched and not committed,
-    `num_draws_in_flight` those of them that sample, `num_committed_tokens` positions whose KV is known to be there. Pages and
-    slot are held from admission until the sequence is FINISHED and nothing of it is in flight.
+    `num_draws_left` what `max_tokens` leaves to be planned, `num_committed_tokens` positions whose KV is known to be there. Pages
+    and slot are held from admission until the sequence is FINISHED and nothing of it is in flight.
     """
 
     def __init__(self, group: RequestGroup, index: int, text: TextStream, holder: Holder) -> None:
@@ -72,7 +72,7 @@ class Sequence:
         self.num_committed_tokens = 0
         self.num_cached_tokens = 0
         self.num_in_flight = 0
-        self.num_draws_in_flight = 0
+        self.num_draws_left = group.request.max_tokens
         self.output_ids: list[int] = []
         self.prompt_log_probs: list[TokenLogProbs] = []
         self.is_echo_due = group.request.echo
@@ -91,9 +91,9 @@ class Sequence:
         return len(self.output_ids)
 
     @property
-    def wants_another_token(self) -> bool:
-        """Whether `max_tokens` leaves room for one more draw beyond those in flight."""
-        return len(self.output_ids) + self.num_draws_in_flight < self.request.max_tokens
+    def num_draws_in_flight(self) -> int:
+        """Output ids that steps in flight will give, forced ones included."""
+        return self.request.max_tokens - self.num_draws_left - len(self.output_ids)
 
     @property
     def is_releasable(self) -> bool:
@@ -124,12 +124,23 @@ class Sequence:
     def append(self, token_id: int, log_prob: TokenLogProbs | None, now_ns: int) -> TokenEvent:
         """Take over the next id; the event ends the sequence when the id, a stop string or the length does."""
         request = self.request
-        echoed = self._take_echo()
         self.output_ids.append(token_id)
-        self.group.has_tokens = True
-        self.first_token_time_ns = self.first_token_time_ns or now_ns
+        num_outputs = len(self.output_ids)
         self.last_token_time_ns = now_ns
-        may_stop = self.num_outputs >= request.min_tokens
+        self.group.num_unsent += 1
+        if 1 < num_outputs < request.max_tokens and token_id not in self.group.ending_ids:
+            # What nearly every id is, and hundreds of them in every step: in the middle, with text that goes out as it is.
+            num_bytes = self.text.num_bytes_alone(token_id)
+            if num_bytes:
+                ids = (token_id,)
+                log_probs = () if log_prob is None else (log_prob,)
+                return TokenEvent(request.handle, self.index, ids, ids, 0, num_bytes, False, None, False, log_probs)
+        echoed: tuple[int, ...] = ()
+        if num_outputs == 1:
+            echoed = self._take_echo()
+            self.group.has_tokens = True
+            self.first_token_time_ns = now_ns
+        may_stop = num_outputs >= request.min_tokens
         stop = self.text.append(token_id, may_stop=may_stop)
         finish = None
         if stop is not None:
@@ -138,10 +149,22 @@ class Sequence:
             is_end = token_id == self.group.end_id and token_id not in request.stop_token_ids
             self.text.finish()
             finish = self._finish(FinishReason.STOP, "" if is_end else str(token_id))
-        elif self.num_outputs == request.max_tokens:
+        elif num_outputs == request.max_tokens:
             self.text.finish()
             finish = self._finish(FinishReason.LENGTH)
         return self._event((*echoed, token_id), finish, log_prob)
+
+    def known_ids(self, most: int) -> tuple[int, ...]:
+        """What the grammar forces: the id that is being drawn and those behind it, when there is at least one behind it.
+
+        Not when log-probabilities are asked for, since an id that is not drawn has none.
+        """
+        if self.guide is None or self.num_draws_in_flight != 1 or self.request.num_logprobs is not None:
+            return ()
+        # One more draw comes behind the forced ids, and all must stay within max_tokens.
+        room = self.request.max_tokens - self.num_outputs - 1
+        ids = self.guide.forced_ids()[: max(0, min(room, most))]
+        return ids if len(ids) > 1 else ()
 
     def finish_score(self, now_ns: int) -> TokenEvent:
         """End a sequence that only wanted the log-probabilities of its prompt."""
@@ -202,7 +225,8 @@ class RequestGroup:
 
     All of them share the pages of the prompt. So only the first waits from the start; the others queue behind it once its
     prompt has been run. Where the prefix cache is off, or must not be read, a salt of their own keeps the sharing among them.
-    `is_ready`: nothing but its turn is missing; not so while its grammar is compiled.
+    `is_ready`: nothing but its turn is missing; not so while its grammar is compiled. `num_unsent` counts ids that were
+    generated and not yet sent to the client; from `most_unsent` on, the request pauses.
     """
 
     def __init__(
@@ -216,6 +240,7 @@ class RequestGroup:
         order: int,
         *,
         has_prefix_cache: bool,
+        most_unsent: int,
     ) -> None:
         self.request = request
         self.is_ready = request.guide is None
@@ -227,6 +252,8 @@ class RequestGroup:
         self.num_waiting = request.num_return_sequences
         self.num_running = 0
         self.has_tokens = False
+        self.num_unsent = 0
+        self.most_unsent = most_unsent
         self.end_id = eos_id if request.end_id is None else request.end_id
         self.ending_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else {self.end_id})
         may_read = has_prefix_cache and request.num_prompt_logprobs is None

@@ -70,6 +70,13 @@ class TextStream:
         """Whether an id has no text."""
         return not self._token_bytes[token_id]
 
+    def num_bytes_alone(self, token_id: int) -> int:
+        """Bytes of an id that may be sent at once and without `append`, because they touch nothing held back; else 0."""
+        text = self._token_bytes[token_id]
+        if not text or self._held or text[-1] >= 0x80:
+            return 0
+        return len(text) if self._matcher is None or self._matcher.first_bytes.isdisjoint(text) else 0
+
     def append_echo(self, token_ids: Sequence[int]) -> None:
         """Add the prompt's ids: their text is sent, stop strings are not looked for in it."""
         for token_id in token_ids:

@@ -9,6 +9,7 @@ import torch
 
 from backend.checkpoint.model_config import ModelConfig
 from backend.engine.plan import PAGE_TOKENS, StepPlan
+from backend.runner.gathered_attention import GatheredRows, GatherSize, group_rows
 from backend.runner.linear import padded_rows
 from backend.runner.work_items import IntArray, ItemSizes, WorkItems, build_work_items
 
@@ -18,7 +19,8 @@ class Batch:
     """T tokens of a step in the order of the plan's rows, padded to a multiple of 16 (R). Index tensors are int64.
 
     `token_ids`, `positions` [R], padding is id 0 at position 0. `pages`, `offsets` [T]: where the tokens' K and V go.
-    `fresh_pages` [n]: pages whose first token is in this step. `items`: the step's attention.
+    `fresh_pages` [n]: pages whose first token is in this step. The step's attention is in `items` or, to be
+    done on gathered pages, in `gathered`.
 
     On the host, NumPy: `first_tokens` [rows], the token index each row begins at; and [S], of each row with
     `is_sampled`: `sampled_tokens`, the index of its last token, `sampled_slots`, the slot that gets the new id, and
@@ -31,6 +33,7 @@ class Batch:
     offsets: torch.Tensor
     fresh_pages: torch.Tensor
     items: tuple[WorkItems, ...]
+    gathered: tuple[GatheredRows, ...]
     first_tokens: IntArray
     sampled_tokens: IntArray
     sampled_slots: IntArray
@@ -38,8 +41,11 @@ class Batch:
     forced: tuple[tuple[int, tuple[int, ...]], ...]
 
 
-def build_batch(plan: StepPlan, config: ModelConfig, last_ids: torch.Tensor, sizes: ItemSizes) -> Batch:
-    """Lay the plan out on the device of `last_ids` [slots] int64, from which decode rows take their id."""
+def build_batch(plan: StepPlan, config: ModelConfig, last_ids: torch.Tensor, sizes: ItemSizes | GatherSize) -> Batch:
+    """Lay the plan out on the device of `last_ids` [slots] int64, from which decode rows take their id.
+
+    `sizes` of the attention's work items, or of its gathers.
+    """
     rows, device = plan.rows, last_ids.device
     num_tokens = plan.num_tokens
     lengths = np.array([row.num_tokens for row in rows])
@@ -74,7 +80,10 @@ def build_batch(plan: StepPlan, config: ModelConfig, last_ids: torch.Tensor, siz
         pages=torch.from_numpy(pages).to(device),
         offsets=torch.from_numpy(offsets).to(device),
         fresh_pages=torch.from_numpy(pages[offsets == 0]).to(device),
-        items=build_work_items(rows, config.num_heads, config.num_kv_heads, device, sizes),
+        items=build_work_items(rows, config.num_heads, config.num_kv_heads, device, sizes)
+        if isinstance(sizes, ItemSizes)
+        else (),
+        gathered=group_rows(rows, config.num_kv_heads, device, sizes) if isinstance(sizes, GatherSize) else (),
         first_tokens=first_tokens,
         sampled_tokens=(first_tokens + lengths - 1)[sampled],
         sampled_slots=slots[sampled],

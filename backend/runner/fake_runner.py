@@ -39,6 +39,8 @@ class FakeRunner:
     the device waited for a next step.
     """
 
+    caches_outputs = True
+
     def __init__(
         self,
         *,

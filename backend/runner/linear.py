@@ -14,6 +14,8 @@ from backend.checkpoint.matrix import Matrix
 
 TILE_ROWS = 16
 """Rows of every product; activations are padded to a multiple of it once, at the start of a step."""
+_SCALED_MM_MULTIPLE = 16
+"""What torch._scaled_mm wants inputs and outputs to be a multiple of on a GPU."""
 
 
 def padded_rows(num_rows: int) -> int:
@@ -25,20 +27,28 @@ def padded_rows(num_rows: int) -> int:
     return max(1, -(-num_rows // TILE_ROWS)) * TILE_ROWS
 
 
-def linear(x: torch.Tensor, matrix: Matrix, *, is_tiled: bool) -> torch.Tensor:
+def linear(x: torch.Tensor, matrix: Matrix, *, is_tiled: bool, has_scaled_mm: bool = False) -> torch.Tensor:
     """`x W^T`.
 
     x [R, inputs] FP32, R a multiple of 16 when `is_tiled`; `matrix` [outputs, inputs] in the weight dtype, which the
     product is computed in. Returns [R, outputs] FP32.
 
     With FP8 weights x is quantised to e4m3 too, each row by its own scale or all by the checkpoint's. The product of the
-    e4m3 values, which FP32 and BF16 hold exactly, is multiplied by the scales of row and output.
+    e4m3 values, which FP32 and BF16 hold exactly, is multiplied by the scales of row and output. `has_scaled_mm`: the device
+    multiplies e4m3 values themselves.
     """
     if matrix.scales is None:
         return _product(x, matrix.values, is_tiled=is_tiled)
     scales = fp8.row_scales(x) if matrix.input_scale is None else matrix.input_scale
-    values = matrix.values if matrix.values.dtype != fp8.DTYPE else matrix.values.to(torch.bfloat16)
-    product = _product(fp8.quantise(x, scales).to(values.dtype), values, is_tiled=is_tiled)
+    if has_scaled_mm and all(size % _SCALED_MM_MULTIPLE == 0 for size in matrix.shape):
+        # Scales of rows and outputs stand outside, so that one call serves every kind of checkpoint and every such device.
+        one = torch.ones((), device=x.device)
+        product = torch._scaled_mm(
+            fp8.quantise(x, scales), matrix.values.t(), scale_a=one, scale_b=one, out_dtype=torch.float32
+        )
+    else:
+        values = matrix.values if matrix.values.dtype != fp8.DTYPE else matrix.values.to(torch.bfloat16)
+        product = _product(fp8.quantise(x, scales).to(values.dtype), values, is_tiled=is_tiled)
     return product.mul_(scales.unsqueeze(1)).mul_(matrix.scales)
 
 

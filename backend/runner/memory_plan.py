@@ -73,12 +73,18 @@ def plan_memory(
     *,
     kv_cache_tokens: int,
     most_tokens: int | None,
+    gathered_page_bytes: int = 0,
+    max_model_len: int = 0,
 ) -> MemoryPlan:
     """Choose the number of pages: `kv_cache_tokens` if given, else what is left, at most `most_tokens` if there is a bound.
 
-    ConfigError with all the numbers when the model does not fit with at least one page.
+    `gathered_page_bytes` are added to the workspace for each page of the longest sequence, which has `max_model_len` tokens
+    or, if they hold less, all pages. ConfigError with all the numbers when the model does not fit with at least one page.
     """
     left = budget_bytes - weight_bytes - workspace_bytes
+    num_gathered = min(-(-max_model_len // PAGE_TOKENS), max(0, left) // (page_bytes + gathered_page_bytes))
+    workspace_bytes += num_gathered * gathered_page_bytes
+    left -= num_gathered * gathered_page_bytes
     num_pages = max(0, left) // page_bytes
     if kv_cache_tokens:
         wanted = kv_cache_tokens // PAGE_TOKENS

@@ -41,6 +41,11 @@ class ModelRunner(Protocol):
     """Pages in host memory that plans may copy to and from: ids 0 to num_host_pages - 1."""
     max_num_seqs: int
     """Slots: 0 to max_num_seqs - 1."""
+    caches_outputs: bool
+    """Whether K and V of a generated token are, bit for bit, what they would be if it were part of a prompt.
+
+    Only then may a prompt find them in the prefix cache: ids must not depend on a hit.
+    """
 
     def launch(self, plan: StepPlan) -> InFlightStep:
         """Start copies and forward pass of the step and return at once, or when they are finished; the caller cannot tell."""

@@ -17,11 +17,40 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": fp8.DTYPE}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
+FP8_CAPABILITY = (8, 9)
+"""The first compute capability whose tensor cores multiply e4m3 (Ada Lovelace)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """How a device computes.
+
+    `is_tiled`: products of fixed shapes in FP32 and attention page by page, batch-invariant: the CPU. Else what PyTorch's
+    libraries choose for a shape: cuBLAS, scaled_dot_product_attention. `has_scaled_mm`: they multiply e4m3 values.
+    """
+
+    is_tiled: bool
+    has_scaled_mm: bool = False
+
+    def describe(self) -> dict[str, str]:
+        """For the log and the model's metadata."""
+        if self.is_tiled:
+            return {}
+        products = (
+            "torch._scaled_mm" if self.has_scaled_mm else "values widened to BF16: this device has no FP8 products"
+        )
+        return {"attention": "scaled_dot_product_attention over gathered pages", "fp8_products": products}
+
+
+TILED = Arithmetic(is_tiled=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Device and dtypes, decided."""
+    """Device, arithmetic and dtypes, decided."""
 
     device: torch.device
+    arithmetic: Arithmetic
     weight_format: WeightFormat
     kv_dtype: torch.dtype
 
@@ -32,25 +61,26 @@ def choose_placement(
     kv_dtype: str = "auto",
     head_dtype: str = "auto",
     quantization: Quantization | None = None,
+    arithmetic: Arithmetic | None = None,
 ) -> Placement:
     """Decide what `auto` means for a checkpoint of `quantization`.
 
     Device: the first CUDA device if any. Weights: FP8 when the checkpoint's are, else FP32 on the CPU and BF16 elsewhere.
     Head: FP8 when the checkpoint's is, else as the embedding, which is never FP8. KV: FP8 when the checkpoint has scales
-    for it, else as the embedding.
+    for it, else as the embedding. `arithmetic` None: the device's own; tests run a GPU's on the CPU.
     ConfigError for a device this machine has not, or an unknown dtype.
     """
     chosen = _choose_device(device)
-    is_cpu = chosen.type == "cpu"
+    arithmetic = arithmetic or _arithmetic_of(chosen)
     kept, kv = choose_dtypes(
-        torch.float32 if is_cpu else torch.bfloat16,
-        torch.float32 if is_cpu else fp8.DTYPE,
+        torch.float32 if arithmetic.is_tiled else torch.bfloat16,
+        torch.float32 if arithmetic.is_tiled else fp8.DTYPE,
         weight_dtype,
         kv_dtype,
         head_dtype,
         quantization,
     )
-    return Placement(chosen, kept, kv)
+    return Placement(chosen, arithmetic, kept, kv)
 
 
 def choose_dtypes(
@@ -94,6 +124,12 @@ def describe_dtypes(kept: WeightFormat, kv: torch.dtype, quantization: Quantizat
     else:
         return dtypes
     return dtypes | {"quantization": origin}
+
+
+def _arithmetic_of(device: torch.device) -> Arithmetic:
+    if device.type == "cpu":
+        return TILED
+    return Arithmetic(is_tiled=False, has_scaled_mm=torch.cuda.get_device_capability(device) >= FP8_CAPABILITY)
 
 
 def _choose_device(device: str) -> torch.device:

@@ -14,6 +14,7 @@ from backend.engine.plan import PAGE_TOKENS
 from backend.errors import ConfigError
 from backend.runner.cuda.runner import CudaRunner, cuda_workspace_bytes
 from backend.runner.fake_runner import FakeRunner
+from backend.runner.gathered_attention import gathered_page_bytes
 from backend.runner.memory_plan import MemoryPlan, page_bytes, plan_memory, workspace_bytes
 from backend.runner.model_runner import ModelRunner
 from backend.runner.placement import Placement, choose_placement
@@ -25,6 +26,7 @@ _MOST_CPU_TOKENS = 65_536
 _CPU_MEMORY_FRACTION = 0.8
 _CPU_STEP_TIMEOUT_S = 120.0
 _GPU_STEP_TIMEOUT_S = 8.0
+_HOPPER = (9, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,8 @@ def make_runner(settings: Settings, progress: Progress) -> ServedModel:
         "auto", settings.weight_dtype, settings.kv_dtype, settings.head_dtype, config.quantization
     )
     needed_bytes = workspace_bytes(config, settings.max_step_tokens, settings.max_num_seqs)
-    plan = _plan_for(placement, config, settings, needed_bytes)
+    gathered = 0 if placement.arithmetic.is_tiled else gathered_page_bytes(config, placement.kv_dtype.itemsize)
+    plan = _plan_for(placement, config, settings, needed_bytes, gathered)
     num_host_pages = _num_host_pages(settings, plan)
     max_model_len, why = _served_length(config, settings, plan.num_pages)
     runner = TorchRunner(
@@ -88,7 +91,7 @@ def _cuda(settings: Settings, config: ModelConfig, progress: Progress) -> Served
     placement = choose_placement(
         str(device.torch_device), settings.weight_dtype, settings.kv_dtype, settings.head_dtype, config.quantization
     )
-    needed_bytes = cuda_workspace_bytes(config, settings.max_num_seqs, settings.max_model_len)
+    needed_bytes = cuda_workspace_bytes(config, settings.max_num_seqs, settings.max_model_len, settings.max_step_tokens)
     plan = _plan_for(placement, config, settings, needed_bytes)
     num_host_pages = _num_host_pages(settings, plan)
     max_model_len, why = _served_length(config, settings, plan.num_pages)
@@ -99,6 +102,7 @@ def _cuda(settings: Settings, config: ModelConfig, progress: Progress) -> Served
         num_host_pages=num_host_pages,
         max_num_seqs=settings.max_num_seqs,
         max_model_len=max_model_len,
+        max_step_tokens=settings.max_step_tokens,
         weight_dtype=settings.weight_dtype,
         kv_dtype=settings.kv_dtype,
         head_dtype=settings.head_dtype,
@@ -129,7 +133,9 @@ def _num_host_pages(settings: Settings, plan: MemoryPlan) -> int:
     return min(int(plan.num_pages * settings.kv_swap_ratio), most)
 
 
-def _plan_for(placement: Placement, config: ModelConfig, settings: Settings, needed_bytes: int) -> MemoryPlan:
+def _plan_for(
+    placement: Placement, config: ModelConfig, settings: Settings, needed_bytes: int, gathered_page_bytes: int = 0
+) -> MemoryPlan:
     is_cpu = placement.device.type == "cpu"
     if is_cpu:
         budget_bytes = int(available_host_bytes() * _CPU_MEMORY_FRACTION)
@@ -143,6 +149,8 @@ def _plan_for(placement: Placement, config: ModelConfig, settings: Settings, nee
         page_bytes(config, placement.kv_dtype.itemsize),
         kv_cache_tokens=settings.kv_cache_tokens,
         most_tokens=_MOST_CPU_TOKENS if is_cpu else None,
+        gathered_page_bytes=gathered_page_bytes,
+        max_model_len=settings.max_model_len,
     )
 
 
@@ -157,9 +165,12 @@ def _served_length(config: ModelConfig, settings: Settings, num_pages: int) -> t
 def _reason(settings: Settings, placement: Placement) -> str:
     if settings.runner == "torch":
         return "asked for by the setting runner"
-    return (
-        "no GPU was found" if placement.device.type == "cpu" else "our own CUDA engine has not been run on hardware yet"
-    )
+    if placement.device.type == "cpu":
+        return "no GPU was found"
+    capability = torch.cuda.get_device_capability(placement.device)
+    if capability == _HOPPER:
+        return "our own CUDA engine has not been run on hardware yet"
+    return f"our own CUDA engine is for compute capability 9.0 (Hopper), this GPU has {capability[0]}.{capability[1]}"
 
 
 def available_host_bytes() -> int:

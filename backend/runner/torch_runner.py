@@ -10,19 +10,22 @@ import torch
 from backend.checkpoint.model_config import ModelConfig, read_model_config
 from backend.checkpoint.weight_loader import Progress, load_weights
 from backend.checkpoint.weights import Weights
-from backend.engine.plan import StepPlan, StepResult, TokenLogProbs
+from backend.engine.plan import PAGE_TOKENS, StepPlan, StepResult, TokenLogProbs
 from backend.errors import ConfigError, EngineFailure
 from backend.runner.batch import Batch, build_batch
+from backend.runner.gathered_attention import GatherSize
 from backend.runner.host_pages import HostPages
 from backend.runner.invariance import find_dependence
 from backend.runner.kv_pages import KvPages
 from backend.runner.model_runner import Mask
-from backend.runner.placement import choose_placement, default_num_threads, describe_dtypes
+from backend.runner.placement import Arithmetic, choose_placement, default_num_threads, describe_dtypes
 from backend.runner.prompt_scores import PromptScores, score_prompts
 from backend.runner.rope import RopeTable
 from backend.runner.sampler import Draw, Sampler
 from backend.runner.transformer import Transformer
-from backend.runner.work_items import CPU_SIZES, GPU_SIZES
+from backend.runner.work_items import CPU_SIZES, ItemSizes
+
+_NOT_INVARIANT = "no: cuBLAS and scaled_dot_product_attention pick their kernels by shape"
 
 
 class TorchStep:
@@ -75,8 +78,11 @@ class TorchRunner:
 
     On the CPU the ids of a sequence do not depend on what else runs, how its prompt is chunked or where its pages
     lie, bit for bit, on one type of machine with one number of threads; that the libraries keep to it is tried at
-    start-up, and `describe()` says what was found. On a GPU it is not promised.
+    start-up, and `describe()` says what was found. On a GPU it is not promised: ids may change with what runs beside, with
+    chunks and prefix hits, where two logits are a rounding apart.
     """
+
+    caches_outputs = True
 
     def __init__(
         self,
@@ -91,12 +97,13 @@ class TorchRunner:
         kv_dtype: str = "auto",
         head_dtype: str = "auto",
         num_threads: int = 0,
+        arithmetic: Arithmetic | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Read the checkpoint and allocate everything that will ever be needed.
 
-        `num_threads` 0 is `default_num_threads()`; it is PyTorch's number for the whole process. ConfigError when
-        checkpoint, device or a dtype is not usable.
+        `num_threads` 0 is `default_num_threads()`; it is PyTorch's number for the whole process. `arithmetic` None: the
+        device's own. ConfigError when checkpoint, device or a dtype is not usable.
         """
         for name, value in (("num_pages", num_pages), ("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len)):
             if value < 1:
@@ -107,8 +114,10 @@ class TorchRunner:
         self.num_host_pages = num_host_pages
         self.max_num_seqs = max_num_seqs
         self.config: ModelConfig = read_model_config(folder)
-        self._placement = choose_placement(device, weight_dtype, kv_dtype, head_dtype, self.config.quantization)
-        is_cpu = self._placement.device.type == "cpu"
+        self._placement = choose_placement(
+            device, weight_dtype, kv_dtype, head_dtype, self.config.quantization, arithmetic
+        )
+        is_tiled = self._placement.arithmetic.is_tiled
         self._num_threads = num_threads or default_num_threads()
         torch.set_num_threads(self._num_threads)
         with torch.inference_mode():
@@ -128,10 +137,11 @@ class TorchRunner:
             )
             self._host_pages = HostPages(self.config, num_host_pages, kv)
             rope = RopeTable(self.config.head_dim, self.config.rope_theta, max_model_len, self._placement.device)
-            self._invariance = _describe_invariance(weights, self.config) if is_cpu else "no: not promised on a GPU"
-            self._transformer = Transformer(self.config, weights, kv, rope, is_tiled=is_cpu)
+            self._invariance = _describe_invariance(weights, self.config) if is_tiled else _NOT_INVARIANT
+            self._transformer = Transformer(self.config, weights, kv, rope, self._placement.arithmetic)
             self._sampler = Sampler(max_num_seqs, self.config.vocab_size, self._placement.device)
-        self._item_sizes = CPU_SIZES if is_cpu else GPU_SIZES
+        max_pages = -(-max_model_len // PAGE_TOKENS)
+        self._attention_sizes: ItemSizes | GatherSize = CPU_SIZES if is_tiled else GatherSize(max_pages)
         self._prompts: list[tuple[int, ...]] = [()] * max_num_seqs
         self._last_step: TorchStep | None = None
 
@@ -147,7 +157,7 @@ class TorchRunner:
                 if row.slot_start is not None:
                     self._sampler.start(row.slot, row.slot_start)
                     self._prompts[row.slot] = row.slot_start.prompt_token_ids
-            batch = build_batch(plan, self.config, self._sampler.last_ids, self._item_sizes)
+            batch = build_batch(plan, self.config, self._sampler.last_ids, self._attention_sizes)
             hidden = self._transformer.hidden(batch)
             scores = score_prompts(plan, batch.first_tokens, self._prompts, hidden, self._transformer)
             logits = self._transformer.logits(hidden, batch.sampled_tokens)
@@ -162,6 +172,7 @@ class TorchRunner:
             "runner": "torch",
             "device": f"{device} ({name})",
             **describe_dtypes(self._placement.weight_format, self._placement.kv_dtype, self.config.quantization),
+            **self._placement.arithmetic.describe(),
             "batch_invariant": self._invariance,
         }
 

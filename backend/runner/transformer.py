@@ -10,8 +10,10 @@ from backend.checkpoint.model_config import ModelConfig
 from backend.checkpoint.weights import LayerWeights, Weights
 from backend.runner.attention import attend
 from backend.runner.batch import Batch
+from backend.runner.gathered_attention import attend_gathered
 from backend.runner.kv_pages import KvPages
 from backend.runner.linear import linear, padded_rows
+from backend.runner.placement import Arithmetic
 from backend.runner.rope import RopeTable, rotate
 from backend.runner.work_items import IntArray
 
@@ -19,15 +21,17 @@ from backend.runner.work_items import IntArray
 class Transformer:
     """Runs a Batch. Activations are FP32, products run in the weights' dtype, K and V are kept in the pages' dtype.
 
-    With `is_tiled` every row of the logits is, bit for bit, independent of the other rows of the batch.
+    With tiled arithmetic every row of the logits is, bit for bit, independent of the other rows of the batch.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, kv: KvPages, rope: RopeTable, *, is_tiled: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, kv: KvPages, rope: RopeTable, arithmetic: Arithmetic
+    ) -> None:
         self._config = config
         self._weights = weights
         self._kv = kv
         self._rope = rope
-        self._is_tiled = is_tiled
+        self._arithmetic = arithmetic
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Run all tokens through the layers, write their K and V, and return what the last layer gives [R, E] FP32."""
@@ -60,7 +64,11 @@ class Transformer:
         self._kv.write(index, batch.pages, batch.offsets, k, v)
         # Scales of FP8 pages stand outside the sums, so the pages' own values go into the products.
         key_scale, value_scale = self._kv.scales(index)
-        attended = attend(q * (config.head_dim**-0.5 * key_scale), *self._kv.tiles(index), batch.items)
+        scaled_q, tiles = q * (config.head_dim**-0.5 * key_scale), self._kv.tiles(index)
+        if self._arithmetic.is_tiled:
+            attended = attend(scaled_q, *tiles, batch.items)
+        else:
+            attended = attend_gathered(scaled_q, *tiles, batch.gathered)
         return self._linear(attended.mul_(value_scale).flatten(1), layer.output)
 
     def _feed_forward(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
@@ -73,4 +81,4 @@ class Transformer:
         return (x * torch.rsqrt(mean_square + self._config.rms_norm_eps)).mul_(weight)
 
     def _linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-        return linear(x, matrix, is_tiled=self._is_tiled)
+        return linear(x, matrix, is_tiled=self._arithmetic.is_tiled, has_scaled_mm=self._arithmetic.has_scaled_mm)

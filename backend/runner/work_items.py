@@ -44,7 +44,6 @@ class ItemSizes:
 
 
 CPU_SIZES = ItemSizes(per_call=16, per_group=1024)
-GPU_SIZES = ItemSizes(per_call=512, per_group=8192)
 
 
 @dataclass(frozen=True, slots=True)

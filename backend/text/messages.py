@@ -11,11 +11,10 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import msgspec
 
-from backend.errors import RequestError, shown
+from backend.errors import RequestError, one_line, shown
 
 MAX_NESTING = 64
 MAX_NAMES = 100
-_MAX_PROBLEM_CHARACTERS = 400
 
 NonEmpty = Annotated[str, msgspec.Meta(min_length=1)]
 
@@ -233,5 +232,4 @@ def _too_deep(field: str) -> RequestError:
 
 def unusable(field: str, problem: str) -> RequestError:
     """The error for a problem told by a library, which may repeat a hostile input at any length."""
-    cut = problem if len(problem) <= _MAX_PROBLEM_CHARACTERS else f"{problem[:_MAX_PROBLEM_CHARACTERS]}..."
-    return RequestError(field, cut)
+    return RequestError(field, one_line(problem))

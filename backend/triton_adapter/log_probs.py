@@ -65,14 +65,18 @@ def prompt_tensor(token_ids: Sequence[int], log_probs: Sequence[TokenLogProbs]) 
 
 
 def with_bytes(encoded: bytes, token_bytes: Sequence[bytes]) -> str:
-    """JSON of places with the bytes of every id filled in."""
-    places = _places.decode(encoded)
+    """JSON of places with the bytes of every id filled in; ValueError when it is something else, or an id is none."""
+    try:
+        places = _places.decode(encoded)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"is no JSON of places: {error}") from error
+    scored: list[Place | Alternative] = []
     for place in places:
-        if place is None:
-            continue
-        place.bytes = list(token_bytes[place.id])
-        for alternative in place.top:
-            alternative.bytes = list(token_bytes[alternative.id])
+        scored += [] if place is None else [place, *place.top]
+    for each in scored:
+        if not 0 <= each.id < len(token_bytes):
+            raise ValueError(f"ids must be in [0, {len(token_bytes) - 1}], got {each.id}")
+        each.bytes = list(token_bytes[each.id])
     return _encode(places)
 
 

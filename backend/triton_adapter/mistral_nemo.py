@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from typing import Any
@@ -43,11 +44,12 @@ class MistralNemo:
         self._input_names = tensors.input_names(model_config)
         self._death: str | None = None
         self._lock = threading.Lock()
+        sys.setswitchinterval(messages.SWITCH_INTERVAL_S)
         end_with_server()
         announce("mistral_nemo")
         self._metrics = Metrics()
         self._engine = EngineProcess(self._settings, self._on_step, self._on_death)
-        self._responder = Responder(self._abort, self._metrics.observe_response, self._metrics.publish)
+        self._responder = Responder(self._abort, self._note_sent, self._metrics.observe_response, self._metrics.publish)
         self._bounds = self._engine.start(LoadingLog())
         self._metrics.set_bounds(self._bounds.max_num_seqs, self._bounds.num_pages)
         self._metrics.set_num_restarts(num_restarts())
@@ -64,10 +66,10 @@ class MistralNemo:
                 self._accept(request, sender)
             except NemoError as error:
                 self._metrics.observe_failures(error)
-                log_failure(request.request_id(), error)
+                log_failure(tensors.request_id(request), error)
                 sender.send(tensors.error_response(error), flags=tensors.FINAL)
             except Exception as error:  # a bug of ours must fail this request alone
-                log.exception("request %r failed", request.request_id())
+                log.exception("request %r failed", tensors.request_id(request))
                 self._metrics.observe_failures(error)
                 sender.send(tensors.error_response(error), flags=tensors.FINAL)
 
@@ -113,12 +115,16 @@ class MistralNemo:
         self._engine.abort_request_id(request.request_id())
         nothing = JoinedEvent(0, 0, finish=Finish(FinishReason.CANCELLED, "", 0, 0, 0, 0, 0, 0, 0))
         sender.send(
-            tensors.response(make_outputs(nothing, 0, 1, set(request.requested_output_names()))), flags=tensors.FINAL
+            tensors.response(make_outputs(nothing, 0, 1, set(request.requested_output_names()), 0)), flags=tensors.FINAL
         )
 
     def _abort(self, handle: int) -> None:
         if self._death is None:
             self._engine.abort(handle)
+
+    def _note_sent(self, counts: dict[int, int]) -> None:
+        if self._death is None:
+            self._engine.note_sent(counts)
 
     def _on_step(self, step: messages.Step) -> None:
         self._responder.add(step.tokens)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from backend.checkpoint.vocabulary import read_vocabulary
-from backend.errors import RequestError
+from backend.errors import RequestError, one_line
 from backend.logs import start_logging
 from backend.settings import Settings, read_model_parameters
 from backend.text.detokenizer import cut_text
 from backend.triton_adapter import tensors
+from backend.triton_adapter.chunk_window import SeenChunks
 from backend.triton_adapter.log_probs import with_bytes
 from backend.triton_adapter.presence import announce, end_with_server, withdraw
 from backend.triton_adapter.stream_chunk import StreamChunk
@@ -39,6 +42,7 @@ class Postprocessing:
         settings = Settings.load(read_model_parameters(repository / "mistral_nemo" / "config.pbtxt"))
         start_logging(settings.log_level, settings.log_format)
         self._token_bytes = read_vocabulary(Path(settings.checkpoint)).token_bytes
+        self._seen = SeenChunks()
         self._aborted: deque[int] = deque(maxlen=_NUM_REMEMBERED_ABORTS)
         end_with_server()
         announce("postprocessing")
@@ -56,7 +60,7 @@ class Postprocessing:
             except RequestError as error:
                 answer = tensors.error_response(error)
             except Exception as error:  # a bug of ours must fail this request alone
-                log.exception("request %r failed", request.request_id())
+                log.exception("request %r failed", tensors.request_id(request))
                 answer = tensors.error_response(error)
             if answer is None:
                 sender.send(flags=tensors.FINAL)
@@ -69,13 +73,17 @@ class Postprocessing:
             raise RequestError("token_ids", "exactly one of token_ids and stream_chunk must be given")
         if "token_ids" in inputs:
             return tensors.response([tensors.text_tensor("text_output", self._text(Inputs(request)))])
-        chunk = StreamChunk.unpack(inputs.pop("stream_chunk").as_numpy())
+        # What a client sends here by hand instead of the engine is the client's mistake.
+        with _blaming("stream_chunk"):
+            chunk = StreamChunk.unpack(inputs.pop("stream_chunk").as_numpy())
+        self._seen.note(chunk.number)
         if request.is_cancelled():
-            self._abort(chunk.handle, request.request_id())
+            self._abort(chunk.handle, tensors.request_id(request))
             return None
         if chunk.is_beat:
             return None
-        text = cut_text(self._token_bytes, chunk.text_ids, chunk.text_skip_bytes, chunk.text_take_bytes)
+        with _blaming("stream_chunk"):
+            text = cut_text(self._token_bytes, chunk.text_ids, chunk.text_skip_bytes, chunk.text_take_bytes)
         outputs = [tensors.text_tensor("text_output", text), tensors.int_tensor("token_ids", chunk.token_ids)]
         if chunk.num_return_sequences > 1:
             outputs.append(tensors.int_tensor("sequence_index", [chunk.sequence_index]))
@@ -95,7 +103,9 @@ class Postprocessing:
     def _passed_on(self, name: str, values: Any) -> Any:
         """A tensor of the engine as it is; alternatives get the bytes of their ids."""
         if name in ("top_log_probs", "prompt_log_probs"):
-            return tensors.text_tensor(name, with_bytes(values.reshape(-1)[0], self._token_bytes))
+            with _blaming(name):
+                (encoded,) = values.reshape(-1)
+                return tensors.text_tensor(name, with_bytes(encoded, self._token_bytes))
         return tensors.array_tensor(name, values)
 
     def _abort(self, handle: int, request_id: str) -> None:
@@ -112,3 +122,12 @@ class Postprocessing:
         for answer in abort.exec(decoupled=True):
             if answer.has_error():
                 log.warning("request %r could not be taken back: %s", request_id, answer.error().message())
+
+
+@contextmanager
+def _blaming(field: str) -> Iterator[None]:
+    """Turn a ValueError into the RequestError of a field."""
+    try:
+        yield
+    except ValueError as error:
+        raise RequestError(field, one_line(str(error).removeprefix(f"{field}: "))) from error

@@ -51,10 +51,10 @@ class Preprocessing:
                 tensors.refuse_parameters(request, self._input_names)
                 responses.append(tensors.response(self._outputs(Inputs(request))))
             except NemoError as error:
-                log_failure(request.request_id(), error)
+                log_failure(tensors.request_id(request), error)
                 responses.append(tensors.error_response(error))
             except Exception as error:  # a bug of ours must fail this request alone
-                log.exception("request %r failed", request.request_id())
+                log.exception("request %r failed", tensors.request_id(request))
                 responses.append(tensors.error_response(error))
         return responses
 

@@ -1,9 +1,12 @@
 """Sends what the engine says to the clients, in a thread of its own, and notices the clients that are gone.
 
 Every request has a Stream. The engine's receiving thread adds events to it and marks it as due; the sending thread takes due
-streams in turn (turns.py) and sends what each has by then. So a stream gets a response a token while sending keeps up, and
-several tokens in one response when it does not. A stream that is silent gets a beat from time to time: through an ensemble,
-postprocessing can only see that its client is gone when a response passes by.
+streams in turn (turns.py) and sends what each has by then, as long as not too much is under way (chunk_window.py). So a stream
+gets a response a token while postprocessing keeps up, and several tokens in one response when it does not. The engine is told
+what was sent, so that no stream runs far ahead of its client (`max_unsent_tokens`).
+
+A stream that is silent gets a beat from time to time: through an ensemble, postprocessing can only see that its client is gone
+when a response passes by.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +25,7 @@ from backend.engine.joined_event import JoinedEvent
 from backend.engine.request import GenerationRequest
 from backend.errors import NemoError
 from backend.triton_adapter import tensors
+from backend.triton_adapter.chunk_window import ChunkWindow
 from backend.triton_adapter.log_probs import drawn_tensors, prompt_tensor
 from backend.triton_adapter.pending import PendingQueue
 from backend.triton_adapter.request_log import log_failure, log_finish
@@ -31,6 +36,10 @@ log = logging.getLogger("nemo.responder")
 _BEAT_AFTER_S = 0.25
 _MAX_BEATS_PER_S = 200
 _TICK_S = 0.05
+_LOOK_PERIOD_S = 0.002
+"""Between two looks at a window that is full."""
+_REPORT_PERIOD_S = 0.01
+"""Between two reports of what was sent, while there is more to send."""
 
 
 class Stream:
@@ -51,15 +60,15 @@ class Stream:
         self.num_unfinished = request.num_return_sequences
         self.last_sent_s = time.monotonic()
         self.has_sent = False
-        self.may_join = max_tokens_per_response == 0
         self.is_due = False
         self.failure: NemoError | None = None
         self._cumulated: dict[int, float] = {}
 
-    def response(self, pending: JoinedEvent) -> Any:
-        """The response that carries `pending`."""
+    def response(self, pending: JoinedEvent, window: ChunkWindow) -> Any:
+        """The response that carries `pending`; a chunk is numbered by `window`."""
         request = self.request
-        made = make_outputs(pending, request.handle, request.num_return_sequences, self.requested_outputs)
+        number = window.next_number() if "stream_chunk" in self.requested_outputs else 0
+        made = make_outputs(pending, request.handle, request.num_return_sequences, self.requested_outputs, number)
         return tensors.response(made + self._log_prob_tensors(pending))
 
     def _log_prob_tensors(self, pending: JoinedEvent) -> list[Any]:
@@ -76,14 +85,14 @@ class Stream:
             made.append(prompt_tensor(self.request.prompt_token_ids, pending.finish.prompt_log_probs))
         return [tensor for tensor in made if tensor.name() in self.requested_outputs]
 
-    def beat(self) -> Any:
+    def beat(self, window: ChunkWindow) -> Any:
         """A response that carries nothing."""
-        chunk = StreamChunk(self.request.handle, is_beat=True)
+        chunk = StreamChunk(self.request.handle, is_beat=True, number=window.next_number())
         return tensors.response([tensors.array_tensor("stream_chunk", chunk.pack())])
 
 
 def make_outputs(
-    pending: JoinedEvent, handle: int, num_return_sequences: int, requested_outputs: set[str]
+    pending: JoinedEvent, handle: int, num_return_sequences: int, requested_outputs: set[str], chunk_number: int
 ) -> list[Any]:
     """Those of the requested outputs that `pending` has something for, less log-probabilities."""
     outputs = []
@@ -96,6 +105,7 @@ def make_outputs(
             tuple(pending.text_ids),
             pending.text_skip_bytes,
             pending.text_take_bytes,
+            number=chunk_number,
         )
         outputs.append(tensors.array_tensor("stream_chunk", chunk.pack()))
     if "token_ids" in requested_outputs:
@@ -132,18 +142,25 @@ def _finish_tensors(finish: Finish) -> list[Any]:
 class Responder:
     """Owns the streams.
 
-    `abort` takes a handle back at the engine, `on_response` is told the number of tokens of each response, and `on_tick` runs
-    about twenty times a second.
+    `abort` takes a handle back at the engine, `report_sent` is told how many ids of which streams were sent, by handle,
+    `on_response` the number of tokens of each response, and `on_tick` runs about twenty times a second.
     """
 
     def __init__(
-        self, abort: Callable[[int], None], on_response: Callable[[int], None], on_tick: Callable[[], None]
+        self,
+        abort: Callable[[int], None],
+        report_sent: Callable[[dict[int, int]], None],
+        on_response: Callable[[int], None],
+        on_tick: Callable[[], None],
     ) -> None:
         self._abort = abort
+        self._report_sent = report_sent
+        self._sent: defaultdict[int, int] = defaultdict(int)
         self._on_response = on_response
         self._on_tick = on_tick
         self._streams: dict[int, Stream] = {}
         self._turns: Turns[Stream] = Turns()
+        self._window = ChunkWindow()
         self._changed = threading.Condition()
         self._is_closing = False
         self._thread = threading.Thread(target=self._send_forever, name="responder", daemon=True)
@@ -165,7 +182,7 @@ class Responder:
             for event in events:
                 stream = self._streams.get(event.handle)
                 if stream is not None and stream.pending.add(event):
-                    self._turns.add(stream, time.monotonic())
+                    self._turns.add(stream)
             self._changed.notify()
 
     def fail(self, handle: int, error: NemoError) -> None:
@@ -174,7 +191,7 @@ class Responder:
             stream = self._streams.get(handle)
             if stream is not None:
                 stream.failure = error
-                self._turns.add(stream, time.monotonic())
+                self._turns.add(stream)
             self._changed.notify()
 
     def fail_all(self, error: NemoError) -> int:
@@ -193,36 +210,37 @@ class Responder:
         self._thread.join(timeout=10)
 
     def _send_forever(self) -> None:
-        ticked_s, busy_s = time.monotonic(), 0.0
+        ticked_s = reported_s = time.monotonic()
         while True:
             with self._changed:
                 stream = self._next_stream(ticked_s + _TICK_S)
                 if stream is None and self._is_closing:
                     return
                 taken = self._take(stream) if stream is not None else []
-            started_s = time.monotonic()
             if stream is not None:
                 self._send(stream, taken)
             now_s = time.monotonic()
-            busy_s += now_s - started_s
+            if self._sent and (not self._turns or now_s >= reported_s + _REPORT_PERIOD_S):
+                reported_s = now_s
+                self._report_sent(dict(self._sent))
+                self._sent.clear()
             if now_s >= ticked_s + _TICK_S:
-                self._turns.observe(busy_s / (now_s - ticked_s))
-                ticked_s, busy_s = now_s, 0.0
+                ticked_s = now_s
                 self._tick()
 
     def _next_stream(self, next_tick_s: float) -> Stream | None:
         """Whose turn it is; waits for that until the next tick. When closing, everybody's, and None when all was sent."""
-        now_s = float("inf") if self._is_closing else time.monotonic()
-        stream = self._turns.pop(now_s)
+        now_s = time.monotonic()
+        is_full = self._window.is_full(now_s) and not self._is_closing
+        stream = None if is_full else self._turns.pop()
         if stream is None and not self._is_closing:
-            self._changed.wait(timeout=max(0.0, min(next_tick_s - now_s, self._turns.wait_s(now_s))))
-            stream = self._turns.pop(time.monotonic())
+            self._changed.wait(timeout=max(0.0, min(next_tick_s - now_s, _LOOK_PERIOD_S if is_full else _TICK_S)))
         return stream
 
     def _take(self, stream: Stream) -> list[JoinedEvent]:
         taken = stream.pending.take(everything=stream.failure is not None)
         if stream.pending.has_more:
-            self._turns.add(stream, time.monotonic())  # behind the others
+            self._turns.add(stream)  # behind the others
         stream.num_unfinished -= sum(pending.finish is not None for pending in taken)
         if stream.num_unfinished == 0 or stream.failure is not None:
             self._streams.pop(stream.request.handle, None)
@@ -232,8 +250,10 @@ class Responder:
         try:
             for position, pending in enumerate(taken):
                 is_last = stream.num_unfinished == 0 and position == len(taken) - 1
-                stream.sender.send(stream.response(pending), flags=tensors.FINAL if is_last else 0)
+                stream.sender.send(stream.response(pending, self._window), flags=tensors.FINAL if is_last else 0)
                 self._on_response(len(pending.token_ids))
+                if stream.request.stream and not is_last:
+                    self._sent[stream.request.handle] += len(pending.token_ids)
                 if pending.finish is not None:
                     log_finish(stream.request.request_id, pending.finish)
             if stream.failure is not None and stream.num_unfinished > 0:
@@ -254,7 +274,7 @@ class Responder:
         silent.sort(key=lambda stream: stream.last_sent_s)
         for stream in silent[: int(_MAX_BEATS_PER_S * _TICK_S)]:
             stream.last_sent_s = now_s
-            stream.sender.send(stream.beat(), flags=0)
+            stream.sender.send(stream.beat(self._window), flags=0)
         for stream in streams:
             if not stream.needs_beats and stream.sender.is_cancelled():
                 self._abort(stream.request.handle)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from backend.errors import NemoError, RequestError, shown
+from backend.errors import NemoError, RequestError, one_line, shown
 
 
 class Inputs:
@@ -66,13 +66,34 @@ class Inputs:
 
 
 def refuse_parameters(request: Any, known_inputs: Iterable[str]) -> None:
-    """Refuse request parameters: every JSON key of /generate that is no input arrives as one and would be ignored."""
-    parameters = json.loads(request.parameters() or "{}")
+    """Refuse request parameters: every JSON key of /generate that is no input arrives as one and would be ignored.
+
+    The same for an id or a parameter that is no text: the server takes any bytes for them.
+    """
+    try:
+        request.request_id()
+    except UnicodeDecodeError as error:
+        raise RequestError("id", f"is not UTF-8: {error.reason} at byte {error.start}") from None
+    try:
+        parameters = json.loads(request.parameters() or "{}")
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise RequestError("parameters", f"cannot be read: {one_line(str(error))}") from None
     for name, value in parameters.items():
         if name == "id" or name.startswith("triton_"):
             continue  # Triton's own: the request id of /generate, and triton_enable_empty_final_response
         listed = ", ".join(sorted(known_inputs))
-        raise RequestError(name, f"is not an input of this model (value {shown(value)}); inputs are: {listed}")
+        raise RequestError(
+            one_line(name), f"is not an input of this model (value {shown(value)}); inputs are: {listed}"
+        )
+
+
+def request_id(request: Any) -> str:
+    """The client's id, for logs; empty when it is no text, which `refuse_parameters` refuses."""
+    try:
+        given: str = request.request_id()
+    except UnicodeDecodeError:
+        return ""
+    return given
 
 
 def input_names(model_config: dict[str, Any]) -> tuple[str, ...]:

@@ -1,13 +1,17 @@
-"""The tables of the project's README that hold measurements: `python -m tests.bench.tables` writes them from results/."""
+"""The tables in READMEs that hold measurements: `python -m tests.bench.tables` writes them from results/."""
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tests.bench.conditions import PROJECT, read_results
+from tests.bench.conditions import PROJECT, RESULTS, read_results
+from tests.evaluation.report import report as evaluation_tables
 
 README = PROJECT / "README.md"
 _ENSEMBLE_COLUMNS = {
@@ -92,29 +96,96 @@ def quality_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tekken_table(results: dict[str, Any]) -> str:
+    """Of bench_tekken: a line a kind of text, its corpora together, and the range among them."""
+    lines = [
+        "| text | corpora | kB | SentencePiece tokens to one of Tekken: claimed | measured | by corpus | fewer tokens, % |",
+        "|---|---|" + "---:|" * 5,
+    ]
+    for kind, group in groupby(results["cells"], key=lambda cell: str(cell["kind"])):
+        cells = list(group)
+        num_tekken, num_before = (sum(cell[name] for cell in cells) for name in ("num_tekken", "num_sentence_piece"))
+        ratios = [cell["num_sentence_piece"] / cell["num_tekken"] for cell in cells]
+        lines.append(
+            f"| {kind} | {', '.join(cell['source'] for cell in cells)} | {sum(cell['num_bytes'] for cell in cells) / 1e3:,.0f} | "
+            f"{cells[0]['claim']:.1f} | {num_before / num_tekken:.2f} | {min(ratios):.2f} .. {max(ratios):.2f} | "
+            f"{100 * (1 - num_tekken / num_before):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def tokenizers_table(results: dict[str, Any]) -> str:
+    """Of bench_tokenizers: the slowest and the fastest kind of text, and all kinds together."""
+    lines = [
+        "| MB/s of UTF-8 | encode, one by one | slowest .. fastest text | encode, batched | decode | documents with other ids |",
+        "|---|" + "---:|" * 5,
+    ]
+    ways = dict.fromkeys(cell["way"] for cell in results["cells"])
+    for way in ways:
+        cells = [cell for cell in results["cells"] if cell["way"] == way]
+        num_bytes = sum(cell["num_bytes"] for cell in cells)
+        single, batched, decode = (
+            num_bytes / sum(cell["num_bytes"] / cell[f"{name}_mb_per_s"] for cell in cells)
+            for name in ("single", "batched", "decode")
+        )
+        rates = [cell["single_mb_per_s"] for cell in cells]
+        different = sum(cell["num_different"] for cell in cells)
+        lines.append(
+            f"| {way} | {single:.1f} | {min(rates):.1f} .. {max(rates):.1f} | {batched:.1f} | {decode:.1f} | {different} |"
+        )
+    return "\n".join(lines)
+
+
+def peers_table(results: dict[str, Any]) -> str:
+    """Of bench_peers: for each engine and number of streams every way, its speed also as a multiple of the first's."""
+    lines = [
+        "| engine | streams | way | tokens/s | of the first | first token p50, ms | p99 | memory, MB |",
+        "|---|---:|---|" + "---:|" * 5,
+    ]
+    firsts: dict[tuple[str, int], float] = {}
+    cells = sorted(
+        results["cells"], key=lambda cell: (cell["engine"] != results["cells"][0]["engine"], cell["streams"])
+    )
+    for cell in cells:
+        first = firsts.setdefault((cell["engine"], cell["streams"]), cell["tokens_per_s"]) or math.inf
+        times = " | ".join(_number(cell[f"first_token_{name}_ms"]) for name in ("p50", "p99"))
+        lines.append(
+            f"| {cell['engine']} | {cell['streams']} | {cell['way']} | {_number(cell['tokens_per_s'])} | "
+            f"{cell['tokens_per_s'] / first:.2f} | {times} | {cell['memory_mb']:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ensemble": ensemble_table,
+    "evaluation": evaluation_tables,
     "first_token": first_token_table,
     "overlap": overlap_table,
     "quality": quality_table,
     "scheduler": scheduler_table,
     "soak": soak_table,
+    "tekken": tekken_table,
+    "tokenizers": tokenizers_table,
 }
+_ELSEWHERE = {"evaluation": PROJECT / "tests" / "evaluation" / "README.md"}
+PLACES = {name: _ELSEWHERE.get(name, README) for name in TABLES}
+"""The file that each table stands in."""
 
 
 def section(name: str) -> str:
     """What stands between the marks of a table: the table, and where its numbers come from."""
     results = read_results(name)
+    link = os.path.relpath(RESULTS / f"{name}.json", PLACES[name].parent)
     about = (
         f"{results['machine']}, load {results['load_average_before']} before; commit {results['commit']}; "
-        f"`{results['command']}` ([all of it](tests/bench/results/{name}.json))"
+        f"`{results['command']}` ([all of it]({link}))"
     )
     return f"\n\n{TABLES[name](results)}\n\n{about}\n\n"
 
 
-def written(text: str) -> str:
-    """`text` with every marked table as the results have it; ValueError when one has no marks."""
-    for name in TABLES:
+def written(text: str, path: Path = README) -> str:
+    """`text` of the file `path` with every table of it as the results have it; ValueError when one has no marks."""
+    for name in (name for name in TABLES if PLACES[name] == path):
         pattern = re.compile(rf"(?<=<!-- {name}: begin -->).*?(?=<!-- {name}: end -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"no marks for the table {name}")
@@ -129,4 +200,5 @@ def _number(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    Path(README).write_text(written(README.read_text()))
+    for place in sorted(set(PLACES.values())):
+        place.write_text(written(place.read_text(), place))

@@ -129,9 +129,8 @@ def test_an_idle_engine_waits_without_turning() -> None:
 class RecordedRunner:
     """Writes down in which order the loop launches steps and asks for their results."""
 
-    num_pages = LIMITS.num_pages
-    num_host_pages = 0
-    max_num_seqs = LIMITS.max_num_seqs
+    num_pages, num_host_pages, max_num_seqs = LIMITS.num_pages, 0, LIMITS.max_num_seqs
+    caches_outputs = True
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []

@@ -80,6 +80,15 @@ def test_an_output_is_part_of_the_prefix_of_the_next_turn() -> None:
     assert serve(trace, ask(2, (*history, 2, 3))) == 128
 
 
+def test_no_prompt_finds_what_was_generated_where_that_would_show() -> None:
+    trace = Trace(replace(LIMITS, caches_outputs=False), 1)
+    serve(trace, ask(1, PROMPT[:100], max_tokens=100))
+    history = (*PROMPT[:100], *trace.ids_of(1))
+    assert serve(trace, ask(2, (*history, 2, 3))) == 64
+    # The same tokens as part of a prompt are found, all 202 of them.
+    assert serve(trace, ask(3, (*history, 2, 3, 4))) == 192
+
+
 def test_an_aborted_request_leaves_what_it_had_run() -> None:
     trace = Trace(LIMITS, 1)
     trace.turn([Add(ask(1, max_tokens=50))])

@@ -94,6 +94,20 @@ def test_a_recording_that_was_cut_off_plays_as_far_as_it_goes() -> None:
         Replay().play(iter(()), TOKEN_BYTES, compile_spec)
 
 
+def test_a_recording_ends_at_its_bound_and_can_be_played(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    limits, turns = random_load(3)
+    path, trace = tmp_path / "engine.rec", Trace(limits, 1, MOST_COMPILE_TURNS)
+    trace.scheduler = RecordingScheduler(limits, TOKEN_BYTES, EOS_ID, path.open("wb"), most_bytes=9_000)
+    trace.play(turns)
+    assert 8_000 < path.stat().st_size <= 9_000
+    (line,) = caplog.messages
+    assert line == f"the recording {path} ends here, it has its 0 MB (setting recording_max_mb)"
+    with path.open("rb") as file:
+        replay = Replay().play(read_frames(file), TOKEN_BYTES, compile_spec)
+    assert replay.difference == ""
+    assert 0 < replay.num_steps < len(trace.plans)
+
+
 def test_a_full_disk_ends_the_recording_and_not_the_engine(caplog: pytest.LogCaptureFixture) -> None:
     limits, turns = random_load(4)
     expected, _ = recorded(limits, turns)

@@ -40,6 +40,7 @@ def request_fields(draw: st.DrawFn) -> dict[str, Any]:
         "stop_token_ids": tuple(draw(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2))),
         "deadline_ms": draw(st.sampled_from([None, None, None, 1, 3, 8])),
         "echo": draw(st.booleans()),
+        "stream": draw(st.booleans()),
         "priority": draw(st.sampled_from([0, 0, 0, -1, 2])),
         "cache_salt": draw(st.sampled_from(["", "", "other"])),
         "num_logprobs": draw(st.sampled_from([None, None, 0, 2])),
@@ -71,6 +72,7 @@ def limits_of_traces(draw: st.DrawFn) -> SchedulerLimits:
         max_queued_tokens=draw(st.sampled_from([0, 0, 100])),
         default_deadline_ms=draw(st.sampled_from([0, 0, 20])),
         has_prefix_cache=draw(st.sampled_from([True, True, False])),
+        max_unsent_tokens=draw(st.sampled_from([0, 0, 1, 5])),
     )
 
 
@@ -178,6 +180,7 @@ def random_load(seed: int) -> tuple[SchedulerLimits, list[list[Order]]]:
         max_step_tokens=chance.randint(max_num_seqs, 200),
         max_queued_requests=30,
         has_prefix_cache=chance.random() < 0.8,
+        max_unsent_tokens=chance.choice([0, 0, 8]),
     )
     bases = [tuple(chance.choices(range(VOCAB_SIZE), k=220)) for _ in range(3)]
     turns: list[list[Order]] = []
@@ -191,6 +194,7 @@ def random_load(seed: int) -> tuple[SchedulerLimits, list[list[Order]]]:
             sampling=SamplingParams(seed=handle),
             num_return_sequences=chance.choice([1, 1, 1, 3]),
             ignore_eos=True,
+            stream=chance.choice([False, True]),
             stop_token_ids=chance.choice([(), (), (3,)]),
             priority=chance.choice([0, 0, 0, -1, 2]),
         )

@@ -2,88 +2,27 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backend.engine.events import FinishReason, RequestFailed
-from backend.engine.plan import PAGE_TOKENS, StepPlan, TokenLogProbs
+from backend.engine.events import FinishReason
+from backend.engine.plan import PAGE_TOKENS
 from backend.engine.request import GenerationRequest
-from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
-from backend.runner.torch_runner import TorchRunner, TorchStep
+from backend.engine.scheduler import SchedulerLimits
+from backend.runner.torch_runner import TorchRunner
 from tests.checkpoints import make_checkpoint
+from tests.engine.served import VOCAB_SIZE, Served
 from tests.engine.trace import Abort, Add, Order
 from tests.unit.runner.test_batch_invariance import PARAMS
 
-VOCAB_SIZE, EOS_ID = 512, 2
-TOKEN_BYTES = tuple(bytes([number % 256]) if number > 9 else b"" for number in range(VOCAB_SIZE))
 NUM_PAGES, NUM_HOST_PAGES, NUM_SLOTS = 16, 24, 6
 MIN_PAGES, MAX_REQUESTS = 4, 6
 ROOMY = SchedulerLimits(NUM_PAGES, NUM_SLOTS, 1000, MAX_REQUESTS)
 BASES = tuple(tuple((7 * number * (1 + base) + base) % VOCAB_SIZE for number in range(200)) for base in range(2))
-
-
-@dataclass
-class Spoken:
-    """All that one sequence said."""
-
-    ids: list[int] = field(default_factory=list)
-    log_probs: list[TokenLogProbs] = field(default_factory=list)
-    prompt_log_probs: tuple[TokenLogProbs, ...] = ()
-    reason: FinishReason | None = None
-
-
-class Served:
-    """What came of a run of a Scheduler over the runner, one step ahead as in the engine."""
-
-    def __init__(self, runner: TorchRunner, limits: SchedulerLimits) -> None:
-        self.spoken: defaultdict[tuple[int, int], Spoken] = defaultdict(Spoken)
-        self.failed: set[int] = set()
-        self.scheduler = Scheduler(limits, TOKEN_BYTES, EOS_ID)
-        self._runner = runner
-        self._in_flight: tuple[StepPlan, TorchStep] | None = None
-        self._now_ns = 1
-
-    def play(self, turns: Sequence[Sequence[Order]]) -> Served:
-        for orders in turns:
-            self._turn(orders)
-        while self.scheduler.has_work or self._in_flight:
-            self._turn(())
-        self.scheduler.check_integrity()
-        assert self.scheduler.stats().num_pages_held == 0
-        return self
-
-    def _turn(self, orders: Sequence[Order]) -> None:
-        self._now_ns += 1_000_000
-        for order in orders:
-            if isinstance(order, Add):
-                self.scheduler.add(order.request, self._now_ns)
-            elif isinstance(order, Abort):
-                self._record(self.scheduler.abort(order.handle))
-        plan = self.scheduler.plan(self._now_ns)
-        launched = None if plan is None else (plan, self._runner.launch(plan))
-        if launched is not None:
-            launched[1].draw({})
-        if self._in_flight is not None:
-            self._record(self.scheduler.commit(self._in_flight[0], self._in_flight[1].result(), self._now_ns))
-        self._in_flight = launched
-        self.scheduler.check_integrity()
-
-    def _record(self, events: list[Event]) -> None:
-        for event in events:
-            if isinstance(event, RequestFailed):
-                self.failed.add(event.handle)
-                continue
-            spoken = self.spoken[event.handle, event.sequence_index]
-            spoken.ids += event.token_ids
-            spoken.log_probs += event.log_probs
-            if event.finish is not None:
-                spoken.reason, spoken.prompt_log_probs = event.finish.reason, event.finish.prompt_log_probs
 
 
 @pytest.fixture(scope="module")

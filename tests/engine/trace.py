@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +18,8 @@ from tests.engine.sequence_oracle import expected_outputs, expected_prompt_log_p
 from tests.engine.text_oracle import Output, allowed_text, decode_cut
 
 TURN_NS = 1_000_000
+_TURNS_PER_REPORT = 3
+"""So often is it told what clients were sent: everything there was."""
 
 
 class Add(NamedTuple):
@@ -72,7 +74,9 @@ class Trace:
         self.arrivals_ns: dict[int, int] = {}
         self.events: dict[int, list[Event]] = {}
         self.aborted: set[int] = set()
+        self.unsent: Counter[int] = Counter()
         self.now_ns = 1_000_000_000
+        self._num_turns = 0
         self._num_steps_ahead = num_steps_ahead
         self._most_compile_turns = most_compile_turns
         self._compiling: dict[int, int] = {}
@@ -83,6 +87,7 @@ class Trace:
         for orders in turns:
             self.turn(orders)
         most_turns = self._most_steps_left() + self._num_steps_ahead + 2 + self._most_compile_turns
+        most_turns *= _TURNS_PER_REPORT if self.scheduler.limits.max_unsent_tokens else 1
         num_turns = 0
         while self.scheduler.has_work or self._in_flight or self._compiling:
             num_turns += 1
@@ -93,6 +98,10 @@ class Trace:
     def turn(self, orders: Sequence[Order]) -> None:
         """One turn of the engine loop."""
         self.now_ns += TURN_NS
+        self._num_turns += 1
+        if self._num_turns % _TURNS_PER_REPORT == 0:
+            self.scheduler.note_sent(dict(self.unsent))
+            self.unsent.clear()
         for order in orders:
             self._carry_out(order)
         self._compile()
@@ -111,7 +120,7 @@ class Trace:
                 step.draw(self.scheduler.masks(plan))
             self._in_flight.append((plan, step))
         elif not self._in_flight:
-            assert not self.scheduler.has_work, (
+            assert not self.scheduler.has_work or self._somebody_pauses(), (
                 "nothing is in flight and nothing can run: the engine would turn for ever"
             )
         if len(self._in_flight) > (self._num_steps_ahead if plan is not None else 0):
@@ -199,6 +208,21 @@ class Trace:
             if _is_deadline(event):
                 assert self._deadline_ns(event.handle) <= self.now_ns, "ended before its deadline"
             self.events[event.handle].append(event)
+            if isinstance(event, TokenEvent):
+                self.unsent[event.handle] += len(event.token_ids)
+                self._check_unsent(self.requests[event.handle])
+
+    def _somebody_pauses(self) -> bool:
+        most = self.scheduler.limits.max_unsent_tokens
+        return bool(most) and any(count >= most and not self.is_ended(handle) for handle, count in self.unsent.items())
+
+    def _check_unsent(self, request: GenerationRequest) -> None:
+        """A stream is ahead by no more than the bound, the steps that were planned before it was reached, and its echo."""
+        most = self.scheduler.limits.max_unsent_tokens * request.num_return_sequences
+        if most and request.stream and request.guide is None:
+            slack = (self._num_steps_ahead + 1) * request.num_return_sequences
+            echo = len(request.prompt_token_ids) * request.num_return_sequences if request.echo else 0
+            assert self.unsent[request.handle] <= most + slack + echo, "the stream runs away from its client"
 
     def _check_plan(self, plan: StepPlan) -> None:
         limits = self.scheduler.limits
@@ -221,6 +245,7 @@ class Trace:
             (request.sampling.seed, request.prompt_token_ids): request.max_tokens
             for handle, request in self.requests.items()
             if not self.is_ended(handle) and request.num_return_sequences == 1
+            if not (request.stream and self.scheduler.limits.max_unsent_tokens)
         }
         for number, slot in self.device.slots.items():
             most = wanted.get((slot.start.sampling.seed, slot.start.prompt_token_ids), 0)

@@ -21,6 +21,14 @@ _EXTRA_OF = {
 }
 # Given by Triton's stub, not by a package.
 _GIVEN = ("triton_python_backend_utils",)
+# Scripts that run in an environment of their own, which the Makefile or the script that starts them makes with pinned packages.
+_ELSEWHERE = {
+    "tests/evaluation/run_lm_eval.py": ("lm_eval",),
+    "tests/bench/count_sentencepiece.py": ("sentencepiece",),
+    "tests/bench/peers/gguf_file.py": ("gguf",),
+    "tests/bench/peers/llama_server.py": ("xllamacpp",),
+    "tests/bench/peers/plot.py": ("matplotlib",),
+}
 # Installed before everything else, since its build differs by machine.
 _UNLOCKED = "torch"
 _PIN = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[\w,-]+\])?==([^\s;\\]+)")
@@ -36,7 +44,7 @@ def undeclared_imports(tree: Tree) -> list[Violation]:
         extra = _EXTRA_OF[max(folders, key=len)] if folders else "tests"
         for found in imports:
             top = found.module.split(".")[0]
-            if top in sys.stdlib_module_names or top in _EXTRA_OF or top in _GIVEN:
+            if top in sys.stdlib_module_names or top in _EXTRA_OF or top in (*_GIVEN, *_ELSEWHERE.get(path, ())):
                 continue
             names = {_normal(name) for name in distributions.get(top, [top])}
             if not names & pins[extra].keys():

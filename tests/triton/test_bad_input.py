@@ -248,6 +248,22 @@ def test_bytes_that_are_not_utf8_are_refused(server: LiveServer, name: str) -> N
             stream.next(timeout_s=60)
 
 
+@pytest.mark.parametrize("model", ["ensemble", "mistral_nemo"])
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (b'"id": "ab\xff"', "id: is not UTF-8: invalid start byte at byte 2"),
+        (b'"a\xffb": 1', "parameters: cannot be read: 'utf-8' codec can't decode byte 0xff"),
+        (b'"b": "\xff"', "parameters: cannot be read: 'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_names_and_ids_that_are_not_utf8_are_refused(server: LiveServer, model: str, more: bytes, problem: str) -> None:
+    prompt = b'"text_input": "Hello"' if model == "ensemble" else b'"prompt_token_ids": [1, 1500]'
+    status, content = post(server, f"{model}/generate", b"{%b, %b}" % (prompt, more), timeout_s=60)
+    assert status == 400, content
+    assert problem in json.loads(content)["error"]
+
+
 @pytest.mark.parametrize("key", ["max_token", "sequence_id", "model", "abort_handle", "timeout"])
 def test_unknown_keys_are_refused(server: LiveServer, key: str) -> None:
     problem = f"in ensemble 'ensemble', {key}: is not an input of this model (value 5); inputs are: bad_words, "

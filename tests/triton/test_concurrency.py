@@ -10,8 +10,9 @@ import pytest
 from tests.triton.calls import ask, post
 from tests.triton.conftest import StartServer
 from tests.triton.live_server import LiveServer
-from tests.triton.soak import TIGHT, make_calls, make_truths, soak
+from tests.triton.soak import TIGHT
 from tests.triton.soak_call import Truth
+from tests.triton.soak_run import make_calls, make_truths, soak
 
 NUM_TRUTHS, NUM_CALLS, AT_ONCE, SEED = 60, 200, 48, 1
 MAX_SECONDS = 300.0

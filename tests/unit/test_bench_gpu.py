@@ -24,6 +24,7 @@ from tests.bench.gpu import __main__ as command
 from tests.bench.gpu.floor import decode_bytes
 from tests.bench.gpu.models import FP8, NEMO
 from tests.bench.gpu.peers import decode_attention_peers, linear_peers, usable_peers
+from tests.bench.gpu.prefill_peers import prefill_attention_peers
 from tests.bench.gpu.timeline import Span, named_by_launches
 from tests.emulator import toolchain
 from tests.emulator.device import PLAIN, EmulatedDevice
@@ -274,3 +275,100 @@ def test_peers_get_what_they_ask_for(monkeypatch: pytest.MonkeyPatch, options: d
     usable, missing = usable_peers(linear_peers(inputs), inputs, 2 * real_output(inputs))
     assert not usable
     assert set(missing.values()) == {"gives something else: relative error 0.500"}
+
+
+def attend_causally(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """q [n, H, D], the last tokens of keys and values [length, K, D]."""
+    before = len(k) - len(q)
+    rows = [attend(q[i : i + 1], k[None, : before + i + 1], v[None, : before + i + 1]) for i in range(len(q))]
+    return torch.cat(rows)
+
+
+class FakePrefillWrapper:
+    """FlashInfer's, as far as it is used."""
+
+    def __init__(self, workspace: torch.Tensor, kv_layout: str) -> None:
+        assert (workspace.dtype, kv_layout) == (torch.uint8, "HND")
+
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        paged_kv_indptr: torch.Tensor,
+        paged_kv_indices: torch.Tensor,
+        paged_kv_last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        *,
+        causal: bool,
+        q_data_type: torch.dtype,
+        kv_data_type: torch.dtype,
+    ) -> None:
+        assert (num_qo_heads, num_kv_heads, head_dim_qk, page_size, causal) == (4, 2, 128, 64, True)
+        assert q_data_type == kv_data_type == torch.bfloat16
+        self.rows = [slice(a, b) for a, b in itertools.pairwise(qo_indptr.tolist())]
+        self.tables = [paged_kv_indices[a:b].long() for a, b in itertools.pairwise(paged_kv_indptr.tolist())]
+        self.last = paged_kv_last_page_len.tolist()
+
+    def run(self, q: torch.Tensor, pages: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        results = []
+        for rows, table, last in zip(self.rows, self.tables, self.last, strict=True):
+            k, v = (kept[table].transpose(1, 2).flatten(0, 1)[: (len(table) - 1) * 64 + last] for kept in pages)
+            results.append(attend_causally(q[rows], k, v))
+        return torch.cat(results)
+
+
+def causal_flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    cache_seqlens: torch.Tensor,
+    page_table: torch.Tensor,
+    causal: bool,
+) -> torch.Tensor:
+    """FlashAttention 3's, as far as it is used: q [chunks, n, H, D], pages [P, 64, K, D]."""
+    assert causal
+    length = int(cache_seqlens[0])
+    k, v = (kept[page_table.long()].flatten(1, 2)[:, :length] for kept in (k_cache, v_cache))
+    return torch.stack([attend_causally(*of_chunk) for of_chunk in zip(q, k, v, strict=True)])
+
+
+@emulated
+@pytest.mark.parametrize(
+    "options",
+    [{"chunks": ((0, 40), (0, 40))}, {"chunks": ((60, 10), (60, 10), (60, 10)), "fp8": True, "output": 1}],
+    ids=["whole", "behind others, fp8"],
+)
+def test_peers_attend_to_chunks(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    from kernels.bench import inputs_on
+    from kernels.op import Case
+    from tests.bench.gpu.kernel_timings import real_output
+
+    for name, member in (
+        ("flash_attn_interface", {"flash_attn_with_kvcache": causal_flash_attn_with_kvcache}),
+        ("flashinfer", {"BatchPrefillWithPagedKVCacheWrapper": FakePrefillWrapper}),
+    ):
+        module = ModuleType(name)
+        module.__dict__.update(member)
+        monkeypatch.setitem(sys.modules, name, module)
+    device = EmulatedDevice(PLAIN[0])
+    (attention,) = select_ops("prefill_attention")
+    inputs = inputs_on(attention, Case("alike", {"H": 4, "K": 2}, options), device)
+    attention.launch(device, **inputs)
+    usable, missing = usable_peers(prefill_attention_peers(inputs), inputs, real_output(inputs))
+    suffix = ", BF16 KV" if "fp8" in options else ""
+    assert usable.keys() == {f"{name}{suffix}" for name in ("SDPA", "FlashAttention 3, paged", "FlashInfer, paged")}, (
+        missing
+    )
+    assert missing == {f"FlexAttention{suffix}": "RuntimeError: is compiled for GPUs alone"}
+
+
+def test_chunks_of_two_kinds_have_no_peers() -> None:
+    (attention,) = select_ops("prefill_attention")
+    case = next(case for case in attention.cases if case.name == "chunks of every kind")
+    inputs = attention.make_inputs(case, 0)
+    usable, missing = usable_peers(prefill_attention_peers(inputs), inputs, inputs["out"])
+    assert not usable
+    assert missing["SDPA"] == "ValueError: the chunks are of 5 kinds, expected one"

@@ -48,3 +48,21 @@ def test_the_plan_is_said_in_words() -> None:
     assert lines["kv_cache"] == "1,024 pages = 65,536 tokens: 64 of 1,024, 16 of 4,096, 2 of 32,768 tokens each"
     assert "KV 1.00 GiB of 6.00 GiB on cpu" in lines["memory"]
     assert "1 of 64 tokens" in plan(5 * GIB + 2**20).lines()["kv_cache"]
+
+
+def test_a_gather_is_as_long_as_the_longest_sequence_or_as_all_pages() -> None:
+    def plan(max_model_len: int) -> MemoryPlan:
+        return plan_memory(
+            "x",
+            1000,
+            100,
+            100,
+            10,
+            kv_cache_tokens=0,
+            most_tokens=None,
+            gathered_page_bytes=2,
+            max_model_len=max_model_len,
+        )
+
+    assert (plan(640).workspace_bytes, plan(640).num_pages) == (100 + 10 * 2, 78)
+    assert (plan(64_000).workspace_bytes, plan(64_000).num_pages) == (100 + 66 * 2, 66)

@@ -12,8 +12,9 @@ from backend.checkpoint.model_config import read_model_config
 from backend.checkpoint.weights import weight_bytes
 from backend.plan import NEMO_12B, main, parse_bytes, weight_format
 from backend.runner import select
+from backend.runner.gathered_attention import gathered_page_bytes
 from backend.runner.memory_plan import page_bytes, workspace_bytes
-from backend.runner.placement import Placement
+from backend.runner.placement import Arithmetic, Placement
 from backend.settings import Settings
 from tests.checkpoints import make_checkpoint
 
@@ -41,10 +42,11 @@ def test_kv_and_workspace_of_nemo_12b() -> None:
 def test_the_command_plans_for_an_80_gb_device(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--gpu-memory", "80GB", "--weights", "fp8", "--kv", "fp8"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    left = 72_000_000_000 - weight_bytes(NEMO_12B, weight_format("fp8")) - workspace_bytes(NEMO_12B, 512, 256)
+    needed_bytes = workspace_bytes(NEMO_12B, 512, 256) + 2048 * gathered_page_bytes(NEMO_12B, 1)
+    left = 72_000_000_000 - weight_bytes(NEMO_12B, weight_format("fp8")) - needed_bytes
     num_pages = left // (64 * 80 * 1024)
     assert lines == [
-        f"memory: weights 12.66 GiB + workspace 0.63 GiB + KV {num_pages * 64 * 80 * 1024 / 2**30:.2f} GiB of 67.06 GiB "
+        f"memory: weights 12.66 GiB + workspace 1.38 GiB + KV {num_pages * 64 * 80 * 1024 / 2**30:.2f} GiB of 67.06 GiB "
         "on a device of 80.0 GB",
         f"kv_cache: {num_pages:,} pages = {num_pages * 64:,} tokens: {num_pages // 16} of 1,024, {num_pages // 64} of 4,096, "
         f"{num_pages // 512} of 32,768, {num_pages // 2048} of 131,072 tokens each",
@@ -61,12 +63,11 @@ def test_what_does_not_fit_is_refused_with_the_numbers(capsys: pytest.CaptureFix
 
 def test_another_checkpoint_and_other_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_checkpoint(tmp_path / "tiny")
-    assert main(["--gpu-memory", "64MB", "--checkpoint", str(folder), "--weights", "fp32", "--kv", "fp32"]) == 0
+    asked = ["--gpu-memory", "64MB", "--checkpoint", str(folder), "--weights", "fp32", "--kv", "fp32"]
+    assert main(asked) == 0
     first = capsys.readouterr().out
     limits = ["--max-step-tokens", "16", "--max-num-seqs", "8", "--memory-fraction", "0.5"]
-    assert (
-        main(["--gpu-memory", "64MB", "--checkpoint", str(folder), "--weights", "fp32", "--kv", "fp32", *limits]) == 0
-    )
+    assert main([*asked, *limits]) == 0
     second = capsys.readouterr().out
     assert "of 0.05 GiB on" in first
     assert "of 0.03 GiB on" in second
@@ -78,8 +79,9 @@ def test_it_is_the_plan_an_engine_starts_with(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80 * 10**9, 80 * 10**9))
-    placement = Placement(torch.device("cuda:0"), weight_format("bf16"), torch.bfloat16)
-    plan = select._plan_for(placement, NEMO_12B, Settings(checkpoint="any"), workspace_bytes(NEMO_12B, 512, 256))
+    placement = Placement(torch.device("cuda:0"), Arithmetic(is_tiled=False), weight_format("bf16"), torch.bfloat16)
+    needed_bytes, gathered = workspace_bytes(NEMO_12B, 512, 256), gathered_page_bytes(NEMO_12B, 2)
+    plan = select._plan_for(placement, NEMO_12B, Settings(checkpoint="any"), needed_bytes, gathered)
     assert main(["--gpu-memory", "80GB"]) == 0
     printed = capsys.readouterr().out
     for name, value in plan.lines().items():

@@ -113,10 +113,10 @@ def test_parameters_are_read_from_a_model_configuration(tmp_path: Path) -> None:
     assert read_model_parameters(path) == {"max_num_seqs": "4"}
 
 
-@pytest.mark.parametrize("content", ["name: ", "no_such_field: 1"])
-def test_a_damaged_model_configuration_is_refused_by_name(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", [b"name: ", b"no_such_field: 1", b'name: "\xff"'])
+def test_a_damaged_model_configuration_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "config.pbtxt"
-    path.write_text(content)
+    path.write_bytes(content)
     with pytest.raises(ConfigError, match=re.escape(f"{path}: cannot be read as a model configuration")):
         read_model_parameters(path)
 

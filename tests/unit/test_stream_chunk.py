@@ -21,6 +21,7 @@ chunks = st.builds(
     text_skip_bytes=words,
     text_take_bytes=words,
     is_beat=st.booleans(),
+    number=words,
 )
 
 
@@ -30,7 +31,7 @@ chunks = st.builds(
 def test_round_trip(chunk: StreamChunk) -> None:
     packed = chunk.pack()
     assert packed.dtype == np.int32
-    assert packed.shape == (1, 10 + len(chunk.token_ids) + len(chunk.text_ids))
+    assert packed.shape == (1, 11 + len(chunk.token_ids) + len(chunk.text_ids))
     assert StreamChunk.unpack(packed) == chunk
 
 
@@ -45,8 +46,8 @@ def test_a_chunk_of_another_length_is_refused(chunk: StreamChunk, change: int) -
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
-        (0, 0, "begin with version 1"),
-        (0, 2, "begin with version 1"),
+        (0, 0, "begin with version 2"),
+        (0, 1, "begin with version 2"),
         (3, 2, "flags must be 0 or 1, got 2"),
         (4, -1, "sequence_index must be at least 0, got -1"),
         (6, -1, "do not hold -1 token and 2 text ids"),
@@ -54,6 +55,7 @@ def test_a_chunk_of_another_length_is_refused(chunk: StreamChunk, change: int) -
         (7, -1, "do not hold 1 token and -1 text ids"),
         (8, -1, "text_skip_bytes must be at least 0, got -1"),
         (9, -1, "text_take_bytes must be at least 0, got -1"),
+        (10, -1, "number must be at least 0, got -1"),
     ],
 )
 def test_junk_is_refused(position: int, value: int, message: str) -> None:
@@ -64,5 +66,5 @@ def test_junk_is_refused(position: int, value: int, message: str) -> None:
 
 
 def test_an_empty_tensor_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 values do not begin with version 1 and a header"):
+    with pytest.raises(ValueError, match="0 values do not begin with version 2 and a header"):
         StreamChunk.unpack(np.zeros((1, 0), dtype=np.int32))

@@ -29,25 +29,20 @@ class LinearInput:
 
     def first(self, num_rows: int) -> LinearInput:
         """The first rows, in place."""
-        return self.part(0, num_rows)
+        return LinearInput(
+            self.values[:num_rows], None if self.scale is None else self.scale[:num_rows], self.static_scale
+        )
 
-    def part(self, first: int, num_rows: int) -> LinearInput:
-        """At most `num_rows` rows from `first` on, in place."""
-        part = slice(first, first + num_rows)
-        return LinearInput(self.values[part], None if self.scale is None else self.scale[part], self.static_scale)
-
-    def rows(self, places: Sequence[int]) -> LinearInput:
-        """A copy of some rows."""
-        index = torch.tensor(places, dtype=torch.int64, device=self.values.device)
+    def gathered(self, places: Sequence[int], width: int) -> LinearInput:
+        """A copy of some rows, and behind them the first again, so that there are `width`."""
+        index = torch.tensor([*places, *[places[0]] * (width - len(places))], device=self.values.device)
         values = self.values.view(torch.uint8)[index].view(self.values.dtype)  # bytes, because PyTorch indexes no FP8
         return LinearInput(values, None if self.scale is None else self.scale[index], self.static_scale)
 
-    @staticmethod
-    def joined(parts: Sequence[LinearInput]) -> LinearInput:
-        """One behind the other, copied."""
-        values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(parts[0].values.dtype)
-        scales = [part.scale for part in parts if part.scale is not None]
-        return LinearInput(values, torch.cat(scales) if scales else None, parts[0].static_scale)
+
+def first_of(memory: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The first of `memory` as [rows, columns]."""
+    return memory.flatten()[: rows * columns].view(rows, columns)
 
 
 def input_of(
@@ -55,7 +50,7 @@ def input_of(
 ) -> LinearInput:
     """The input of `matrix` in memory that others use too: `values` [R, at least inputs] by dtype, `scale` [R]."""
     dtype = torch.bfloat16 if matrix.scales is None else torch.float8_e4m3fn
-    rows = values[dtype].flatten()[: num_rows * matrix.shape[1]].view(num_rows, matrix.shape[1])
+    rows = first_of(values[dtype], num_rows, matrix.shape[1])
     if matrix.scales is None:
         return LinearInput(rows)
     if matrix.input_scale is None:

@@ -10,8 +10,9 @@ import torch
 from backend.engine.plan import PlanRow, TokenLogProbs
 from backend.runner.cuda.activations import LinearInput
 from backend.runner.cuda.slot_state import SlotState
-from backend.runner.cuda.step_blocks import MAX_BLOCK_TOKENS
+from backend.runner.cuda.step_tokens import width_for
 from backend.runner.cuda.transformer import CudaTransformer
+from backend.runner.memory_plan import PIECE_ROWS
 from backend.runner.model_runner import Mask
 from kernels.launch import Device
 from kernels.log_probs import log_probs
@@ -113,20 +114,19 @@ class Drawer:
         self._logits = torch.empty(num_rows, vocab_size, device=device.torch_device)
         self._workspace = make_workspace(num_rows, vocab_size, device.torch_device)
 
-    def compute_logits(self, rows: LinearInput) -> None:
-        """Of the rows to be drawn from, n at most `num_rows`."""
-        for first in range(0, len(rows.values), MAX_BLOCK_TOKENS):
-            self._compute(rows, first, self._logits)
+    def compute_logits(self, hidden: LinearInput, places: Sequence[int]) -> None:
+        """Of the rows to be drawn from, n at most `num_rows`: those at `places` of `hidden`."""
+        self._compute(hidden, places, self._logits)
 
-    def score(self, rows: LinearInput, ids: Sequence[int], num_tops: Sequence[int]) -> list[TokenScores]:
-        """Log-probabilities of given ids, one per row, in pieces that bound the logits held at once."""
+    def score(self, hidden: LinearInput, places: Sequence[int], ids: Sequence[int], num_top: int) -> list[TokenScores]:
+        """Log-probabilities of given ids at `places` of `hidden`, in pieces that bound the logits held at once."""
         pieces = []
-        for first in range(0, len(rows.values), MAX_BLOCK_TOKENS):
-            piece = slice(first, first + MAX_BLOCK_TOKENS)
+        for first in range(0, len(ids), PIECE_ROWS):
+            piece = slice(first, first + PIECE_ROWS)
             its_ids = self._tensor(ids[piece])
-            logits = torch.empty(len(its_ids), self._vocab_size, device=its_ids.device)
-            self._compute(rows, first, logits, target_row=0)
-            pieces.append(TokenScores(self._device, logits, its_ids, num_tops[piece]))
+            logits = torch.empty(PIECE_ROWS, self._vocab_size, device=its_ids.device)
+            self._compute(hidden, places[piece], logits)
+            pieces.append(TokenScores(self._device, logits[: len(its_ids)], its_ids, [num_top] * len(its_ids)))
         return pieces
 
     def draw(self, plan_rows: Sequence[PlanRow], masks: Mapping[int, Mask]) -> Drawn:
@@ -164,11 +164,10 @@ class Drawer:
             scores = [TokenScores(self._device, logits[its_rows], token_ids[its_rows], num_tops[asking].tolist())]
         return Drawn(token_ids, is_finite, scores, asking, self._device)
 
-    def _compute(self, rows: LinearInput, first: int, logits: torch.Tensor, target_row: int | None = None) -> None:
-        piece = rows.part(first, MAX_BLOCK_TOKENS)
-        num_rows = len(piece.values)
-        start = first if target_row is None else target_row
-        self._transformer.logits(piece, logits[start : start + num_rows], self._tensor([num_rows]))
+    def _compute(self, hidden: LinearInput, places: Sequence[int], logits: torch.Tensor) -> None:
+        """Into the first rows of `logits`. As many run as a step may be wide, so that few kernels serve all numbers of rows."""
+        width = width_for(len(places), len(logits))
+        self._transformer.logits(hidden.gathered(places, width), logits[:width], self._tensor([len(places)]))
 
     def _tensor(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32).to(self._logits.device)

@@ -14,31 +14,37 @@ from backend.checkpoint.weights import Weights
 from backend.engine.plan import PAGE_TOKENS, PlanRow, StepPlan, StepResult, TokenLogProbs
 from backend.errors import ConfigError, EngineFailure
 from backend.runner.cuda.activations import LinearInput
+from backend.runner.cuda.attention import attention_bytes
 from backend.runner.cuda.drawing import Drawer, Drawn, TokenScores
 from backend.runner.cuda.slot_state import SLOT_BYTES, SlotState
-from backend.runner.cuda.step_blocks import MAX_BLOCK_TOKENS, split_plan
+from backend.runner.cuda.step_tokens import StepTokens, lay_out
 from backend.runner.cuda.transformer import CudaTransformer
 from backend.runner.host_pages import HostPages
 from backend.runner.kv_pages import KvPages
+from backend.runner.memory_plan import PIECE_ROWS
 from backend.runner.model_runner import Mask
 from backend.runner.placement import choose_dtypes, describe_dtypes
-from kernels.decode_attention import max_items
 from kernels.launch import Device
 
 _HEAD_DIM = 128
 _SIZE_MULTIPLE = 128
 
 
-def cuda_workspace_bytes(config: ModelConfig, max_num_seqs: int, max_model_len: int) -> int:
-    """Bytes beside weights and KV pages, at most: logits and sampler state of every slot, a block's activations and attention."""
+def cuda_workspace_bytes(config: ModelConfig, max_num_seqs: int, max_model_len: int, max_step_tokens: int) -> int:
+    """Bytes beside weights and KV pages, at most: logits and sampler state of every slot, a step's activations and attention."""
     max_pages = -(-max_model_len // PAGE_TOKENS)
     of_slots = max_num_seqs * (3 * 4 * config.vocab_size + 4 * max_pages + SLOT_BYTES)
-    of_scores = 4 * MAX_BLOCK_TOKENS * config.vocab_size
+    of_scores = 4 * PIECE_ROWS * config.vocab_size
     widest = max(config.hidden_size, config.query_size, config.ffn_size)
     row = 2 * (2 * config.hidden_size + 2 * config.query_size + 2 * config.kv_size + 2 * config.ffn_size) + 3 * widest
-    attention = 4 * max_items(MAX_BLOCK_TOKENS, max_pages) * (config.num_heads * (config.head_dim + 2) + 2)
     angles = 4 * max_model_len * config.head_dim
-    return of_slots + of_scores + MAX_BLOCK_TOKENS * row + attention + angles
+    return (
+        of_slots
+        + of_scores
+        + max_step_tokens * row
+        + attention_bytes(config, max_num_seqs, max_step_tokens, max_pages)
+        + angles
+    )
 
 
 class CudaStep:
@@ -92,8 +98,10 @@ class CudaRunner:
     Every kernel's result for a row depends, bit for bit, on the row's own sequence alone, so ids and log-probabilities do too:
     they do not depend on what else runs, how a prompt is chunked, or where pages lie.
 
-    Prompts pass through the kernels of the decode step in blocks of 128 tokens.
+    All tokens of a step pass through the layers at once, prompts beside decodes.
     """
+
+    caches_outputs = False  # generated tokens go through another kernel of attention than prompts
 
     def __init__(
         self,
@@ -107,11 +115,13 @@ class CudaRunner:
         num_host_pages: int = 0,
         max_num_seqs: int,
         max_model_len: int,
+        max_step_tokens: int,
     ) -> None:
         """Allocate everything that will ever be needed beside `weights`, which are in `weight_format` on the device."""
         self.num_pages = num_pages
         self.num_host_pages = num_host_pages
         self.max_num_seqs = max_num_seqs
+        self.max_step_tokens = max_step_tokens
         self.config = config
         self._device = device
         self._format = weight_format
@@ -123,7 +133,13 @@ class CudaRunner:
             self._host_pages = HostPages(config, num_host_pages, self.kv)
             self._state = SlotState(max_num_seqs, config.vocab_size, place)
             self._transformer = CudaTransformer(
-                device, config, weights, self.kv, self._state.last_ids, max_model_len=max_model_len
+                device,
+                config,
+                weights,
+                self.kv,
+                self._state.last_ids,
+                max_model_len=max_model_len,
+                max_step_tokens=max_step_tokens,
             )
             self._drawer = Drawer(device, self._transformer, self._state, max_num_seqs, config.vocab_size)
         self._prompts: list[tuple[int, ...]] = [()] * max_num_seqs
@@ -143,7 +159,7 @@ class CudaRunner:
     ) -> CudaRunner:
         """Of a checkpoint; ConfigError when it cannot be read, or the kernels do not serve its sizes or a dtype.
 
-        `limits`: num_pages, num_host_pages, max_num_seqs, max_model_len.
+        `limits`: num_pages, num_host_pages, max_num_seqs, max_model_len, max_step_tokens.
         """
         config = read_model_config(folder)
         _check_sizes(config)
@@ -160,7 +176,7 @@ class CudaRunner:
 
     def launch(self, plan: StepPlan) -> CudaStep:
         """Copy pages and run the forward pass of all tokens; the step before must have been drawn."""
-        assert plan.rows, "an empty step"
+        assert 0 < plan.num_tokens <= self.max_step_tokens, f"{plan.num_tokens} tokens in a step"
         assert self._last_step is None or self._last_step.is_drawn, "the step before was not drawn"
         with torch.inference_mode():
             self._host_pages.run(plan.copies)
@@ -169,12 +185,11 @@ class CudaRunner:
                     self._state.start(row.slot, row.slot_start)
                     self._prompts[row.slot] = row.slot_start.prompt_token_ids
                 self._transformer.set_pages(row.slot, row.page_ids)
-            blocks, kept = split_plan(plan, self._prompts)
-            parts = [self._transformer.hidden(block).rows(block.kept_tokens) for block in blocks]
-            hidden = LinearInput.joined(parts)
-            if kept.sampled:
-                self._drawer.compute_logits(hidden.rows(kept.sampled))
-            scores = self._score(plan, kept.scored, hidden)
+            tokens = lay_out(plan, self._prompts)
+            hidden = self._transformer.hidden(tokens)
+            if tokens.sampled:
+                self._drawer.compute_logits(hidden, tokens.sampled)
+            scores = self._score(plan, tokens, hidden)
         self._last_step = CudaStep(self, plan.rows, scores)
         return self._last_step
 
@@ -195,15 +210,16 @@ class CudaRunner:
         """Free weights, pages and sampler state; the runner cannot be used afterwards."""
         del self._transformer, self._drawer, self._host_pages, self._state, self._last_step, self.kv
 
-    def _score(self, plan: StepPlan, scored: tuple[range, ...], hidden: LinearInput) -> tuple[list[TokenScores], ...]:
+    def _score(self, plan: StepPlan, tokens: StepTokens, hidden: LinearInput) -> tuple[list[TokenScores], ...]:
         asking = [row for row in plan.rows if row.num_prompt_logprobs is not None]
         return tuple(
             self._drawer.score(
-                hidden.rows(places),
+                hidden,
+                places,
                 self._prompts[row.slot][row.start + 1 : row.start + 1 + len(places)],
-                [row.num_prompt_logprobs or 0] * len(places),
+                row.num_prompt_logprobs or 0,
             )
-            for row, places in zip(asking, scored, strict=True)
+            for row, places in zip(asking, tokens.scored, strict=True)
         )
 
 

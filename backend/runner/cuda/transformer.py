@@ -1,27 +1,28 @@
-"""The dense Mistral transformer on the project's kernels: one block of tokens through all layers, replayed as a graph."""
+"""The dense Mistral transformer on the project's kernels: all tokens of a step through all layers, replayed as a graph."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from backend.checkpoint.matrix import Matrix
 from backend.checkpoint.model_config import ModelConfig
 from backend.checkpoint.weights import LayerWeights, Weights
 from backend.engine.plan import PAGE_TOKENS
-from backend.runner.cuda.activations import LinearInput, input_of
-from backend.runner.cuda.step_blocks import MAX_BLOCK_TOKENS, TokenBlock
+from backend.runner.cuda.activations import LinearInput, first_of, input_of
+from backend.runner.cuda.attention import StepAttention, StepShape, shape_of
+from backend.runner.cuda.step_tokens import StepTokens
 from backend.runner.kv_pages import KvPages
-from kernels.decode_attention import decode_attention, make_workspace, schedule_attention
 from kernels.embedding import embedding
 from kernels.launch import Device, Graph
+from kernels.linear import linear
 from kernels.rmsnorm import rmsnorm
 from kernels.rope_kv import angle_table, rope_kv
-from kernels.skinny_gemm import skinny_gemm
 from kernels.swiglu import swiglu
 
 
 class CudaTransformer:
-    """Runs TokenBlocks. The real number of tokens is read from device memory, so one graph serves every block of a width.
+    """Runs the tokens of steps. How many there are is read from device memory, so one graph serves every step of a width.
 
     Activations are BF16 between the layers and e4m3 where a linear layer is FP8; sums are FP32.
     """
@@ -35,8 +36,9 @@ class CudaTransformer:
         last_ids: torch.Tensor,
         *,
         max_model_len: int,
+        max_step_tokens: int,
     ) -> None:
-        """Allocate what every block needs. `last_ids` [slots] INT32: the id last drawn in each slot."""
+        """Allocate what steps of up to `max_step_tokens` need. `last_ids` [slots] INT32: the id last drawn in each slot."""
         self._device = device
         self._config = config
         self._weights = weights
@@ -54,13 +56,12 @@ class CudaTransformer:
         ]
         self._page_tables = self._zeros(len(last_ids), -(-max_model_len // PAGE_TOKENS), dtype=torch.int32)
         self._known_pages: list[tuple[int, ...]] = [()] * len(last_ids)
-        self._num_tokens = self._zeros(1, dtype=torch.int32)
-        self._token_ids, self._slots, self._positions, self._lengths = (
-            self._zeros(MAX_BLOCK_TOKENS, dtype=torch.int32) for _ in range(4)
-        )
-        max_pages = self._page_tables.shape[1]
-        self._attention = make_workspace(MAX_BLOCK_TOKENS, max_pages, config.num_heads, device.torch_device)
-        rows, heads = MAX_BLOCK_TOKENS, config.num_heads + 2 * config.num_kv_heads
+        rows = self._max_rows = max_step_tokens
+        # Rows of one array, so that one copy brings all that the host says of a step; each begins at a multiple of 16 bytes.
+        self._step = self._zeros(5, -(-rows // 4) * 4, dtype=torch.int32)
+        self._num_tokens = self._step[0, :1]
+        self._token_ids, self._slots, self._positions, self._lengths = (self._step[row, :rows] for row in range(1, 5))
+        heads = config.num_heads + 2 * config.num_kv_heads
         widest = max(config.hidden_size, config.query_size, config.ffn_size)
         self._residual, self._branch = (self._zeros(rows, config.hidden_size) for _ in range(2))
         self._qkv = self._zeros(rows, heads, config.head_dim)
@@ -69,13 +70,23 @@ class CudaTransformer:
         self._values = {
             dtype: self._zeros(rows, widest, dtype=dtype) for dtype in (torch.bfloat16, torch.float8_e4m3fn)
         }
+        self._attention = StepAttention(
+            device,
+            config.num_heads,
+            config.num_kv_heads,
+            page_tables=self._page_tables,
+            sequences=self._slots,
+            lengths=self._lengths,
+            # Nothing else is in this memory while attention runs: its result is what it holds next, if that is BF16.
+            unscaled=first_of(self._values[torch.bfloat16], rows, config.query_size),
+        )
         self._scale = self._zeros(rows, dtype=torch.float32)
         self._inputs = [
             {name: self._input_of(getattr(layer, name)) for name in ("qkv", "output", "gate_up", "down")}
             for layer in weights.layers
         ]
         self.head_input = self._input_of(weights.head)
-        self._graphs: dict[int, Graph] = {}
+        self._graphs: dict[StepShape, Graph] = {}
 
     def set_pages(self, slot: int, page_ids: tuple[int, ...]) -> None:
         """Where the tokens of a slot's sequence lie; only what has changed is uploaded."""
@@ -86,28 +97,27 @@ class CudaTransformer:
             self._page_tables[slot, first : len(page_ids)] = new.to(self._page_tables.device)
             self._known_pages[slot] = page_ids
 
-    def hidden(self, block: TokenBlock) -> LinearInput:
-        """Run a block; its normed rows [width], as the head reads them, stand until the next one runs."""
-        for target, values in (
-            (self._num_tokens, [len(block.token_ids)]),
-            (self._token_ids, block.token_ids),
-            (self._slots, block.slots),
-            (self._positions, block.positions),
-            (self._lengths, [position + 1 for position in block.positions]),
-        ):
-            target[: len(values)] = torch.tensor(values, dtype=torch.int32).to(target.device)
-        width = block.width
-        if width not in self._graphs:
-            self._graphs[width] = self._device.capture(lambda: self._run(width))
-        self._graphs[width].replay()
-        return self.head_input.first(width)
+    def hidden(self, tokens: StepTokens) -> LinearInput:
+        """Run a step; its normed rows [at least T], as the head reads them, stand until the next one runs."""
+        num_tokens, shape = len(tokens.token_ids), shape_of(tokens, self._max_rows)
+        lengths = np.where(np.arange(num_tokens) < tokens.num_generated, tokens.positions + 1, 0)
+        step = np.zeros((len(self._step), shape.width), dtype=np.int32)
+        step[0, 0] = num_tokens
+        step[1:, :num_tokens] = tokens.token_ids, tokens.slots, tokens.positions, lengths
+        self._step[:, : shape.width] = torch.from_numpy(step).to(self._step.device)
+        self._attention.load(tokens)
+        if shape not in self._graphs:
+            self._graphs[shape] = self._device.capture(lambda: self._run(shape))
+        self._graphs[shape].replay()
+        return self.head_input.first(shape.width)
 
     def logits(self, rows: LinearInput, out: torch.Tensor, num_rows: torch.Tensor) -> None:
-        """out [n, V] FP32 of normed rows [n], n at most 128; `num_rows` [1] INT32: rows from there on are left alone."""
-        self._gemm(rows, self._weights.head, out, num_rows)
+        """out [n, V] FP32 of normed rows [n]; `num_rows` [1] INT32: rows from there on are left alone."""
+        self._linear(rows, self._weights.head, out, num_rows)
 
-    def _run(self, width: int) -> None:
-        """All layers for the first `width` rows of everything."""
+    def _run(self, shape: StepShape) -> None:
+        """All layers for the first rows of everything, `shape.width` of them."""
+        width = shape.width
         embedding(
             self._device,
             table=self._weights.embedding,
@@ -116,20 +126,14 @@ class CudaTransformer:
             out=self._residual[:width],
             num_tokens=self._num_tokens,
         )
-        schedule_attention(
-            self._device,
-            lengths=self._lengths[:width],
-            items=self._attention["items"],
-            first_items=self._attention["first_items"][: width + 1],
-            num_rows=self._num_tokens,
-        )
+        self._attention.schedule(shape)
         for index, layer in enumerate(self._weights.layers):
             inputs = {name: its_input.first(width) for name, its_input in self._inputs[index].items()}
             attention_norm, ffn_norm = self._norms[index]
             self._add_and_norm(width, attention_norm, inputs["qkv"], has_branch=index > 0)
-            self._attend(index, layer, inputs, width)
+            self._attend(index, layer, inputs, shape)
             self._add_and_norm(width, ffn_norm, inputs["gate_up"])
-            self._gemm(inputs["gate_up"], layer.gate_up, self._gate_up[:width], self._num_tokens)
+            self._linear(inputs["gate_up"], layer.gate_up, self._gate_up[:width], self._num_tokens)
             swiglu(
                 self._device,
                 gate_up=self._gate_up[:width],
@@ -138,12 +142,13 @@ class CudaTransformer:
                 static_scale=inputs["down"].static_scale,
                 num_rows=self._num_tokens,
             )
-            self._gemm(inputs["down"], layer.down, self._branch[:width], self._num_tokens)
+            self._linear(inputs["down"], layer.down, self._branch[:width], self._num_tokens)
         self._add_and_norm(width, self._norm, self.head_input.first(width))
 
-    def _attend(self, index: int, layer: LayerWeights, inputs: dict[str, LinearInput], width: int) -> None:
+    def _attend(self, index: int, layer: LayerWeights, inputs: dict[str, LinearInput], shape: StepShape) -> None:
+        width = shape.width
         qkv = self._qkv[:width]
-        self._gemm(inputs["qkv"], layer.qkv, qkv.flatten(1), self._num_tokens)
+        self._linear(inputs["qkv"], layer.qkv, qkv.flatten(1), self._num_tokens)
         k_pages, v_pages = self._kv.layer(index)
         k_scale, v_scale = self._kv_scales[index]
         rope_kv(
@@ -161,22 +166,8 @@ class CudaTransformer:
             num_tokens=self._num_tokens,
             is_interleaved=False,
         )
-        decode_attention(
-            self._device,
-            q=self._queries[:width],
-            k_pages=k_pages,
-            v_pages=v_pages,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            page_tables=self._page_tables,
-            sequences=self._slots[:width],
-            lengths=self._lengths[:width],
-            **(self._attention | {"first_items": self._attention["first_items"][: width + 1]}),
-            out=inputs["output"].values,
-            scale=inputs["output"].written_scale,
-            static_scale=inputs["output"].static_scale,
-        )
-        self._gemm(inputs["output"], layer.output, self._branch[:width], self._num_tokens)
+        self._attention.run(shape, self._queries[:width], (k_pages, v_pages), (k_scale, v_scale), inputs["output"])
+        self._linear(inputs["output"], layer.output, self._branch[:width], self._num_tokens)
 
     def _add_and_norm(self, width: int, weight: torch.Tensor, out: LinearInput, *, has_branch: bool = True) -> None:
         """Add what the last linear layer gave to the residual stream, and norm the sum."""
@@ -192,8 +183,8 @@ class CudaTransformer:
             eps=self._config.rms_norm_eps,
         )
 
-    def _gemm(self, rows: LinearInput, matrix: Matrix, out: torch.Tensor, num_rows: torch.Tensor) -> None:
-        skinny_gemm(
+    def _linear(self, rows: LinearInput, matrix: Matrix, out: torch.Tensor, num_rows: torch.Tensor) -> None:
+        linear(
             self._device,
             x=rows.values,
             weight=matrix.values,
@@ -205,7 +196,7 @@ class CudaTransformer:
         )
 
     def _input_of(self, matrix: Matrix) -> LinearInput:
-        return input_of(matrix, MAX_BLOCK_TOKENS, self._values, self._scale)
+        return input_of(matrix, self._max_rows, self._values, self._scale)
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype, device=self._device.torch_device)

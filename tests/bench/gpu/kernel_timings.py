@@ -15,11 +15,14 @@ from kernels.clock import Clock
 from kernels.launch import Device
 from kernels.op import Case, Inputs, Op
 from tests.bench.gpu.peers import MakePeer, Peer, decode_attention_peers, linear_peers, usable_peers
+from tests.bench.gpu.prefill_peers import prefill_attention_peers
 
 OURS = "ours"
 _PEERS: dict[str, Callable[[Inputs], dict[str, MakePeer]]] = {
     "skinny_gemm": linear_peers,
+    "large_gemm": linear_peers,
     "decode_attention": decode_attention_peers,
+    "prefill_attention": prefill_attention_peers,
 }
 
 

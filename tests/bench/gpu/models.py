@@ -82,6 +82,7 @@ def random_runner(
             num_pages=num_pages,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
+            max_step_tokens=max_num_seqs,
         )
         generator = torch.Generator(device=device.torch_device).manual_seed(1)
         for layer in range(config.num_layers):

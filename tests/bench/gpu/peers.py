@@ -19,7 +19,7 @@ from kernels.op import Inputs
 _MOST_RELATIVE_ERROR = 0.05
 
 # Taken where they are installed; nothing here needs them, so they are pinned nowhere.
-_VLLM, _FLASH_ATTENTION_3, _FLASHINFER = "vllm._custom_ops", "flash_attn_interface", "flashinfer"
+_VLLM, FLASH_ATTENTION_3, FLASHINFER = "vllm._custom_ops", "flash_attn_interface", "flashinfer"
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def _flex_attention(inputs: Inputs) -> Peer:
 
 
 def _flash_attention_3(inputs: Inputs) -> Peer:
-    attend = import_module(_FLASH_ATTENTION_3).flash_attn_with_kvcache
-    k, v = (pages.transpose(1, 2).contiguous() for pages in _bf16_pages(inputs))
+    attend = import_module(FLASH_ATTENTION_3).flash_attn_with_kvcache
+    k, v = (pages.transpose(1, 2).contiguous() for pages in bf16_pages(inputs))
     arguments = {
         "q": inputs["q"][:, None],
         "k_cache": k,
@@ -137,7 +137,7 @@ def _flash_attention_3(inputs: Inputs) -> Peer:
 
 
 def _flashinfer(inputs: Inputs) -> Peer:
-    flashinfer = import_module(_FLASHINFER)
+    flashinfer = import_module(FLASHINFER)
     q, (num_rows, num_heads, head_dim) = inputs["q"], inputs["q"].shape
     pages = tuple(unswizzled(inputs[name]).contiguous() for name in ("k_pages", "v_pages"))
     workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=q.device)
@@ -161,7 +161,7 @@ def _flashinfer(inputs: Inputs) -> Peer:
     return Peer(lambda: wrapper.run(q, pages, **scales), _finish_attention(inputs))
 
 
-def _bf16_pages(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+def bf16_pages(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [P, K, 64, D] as real values, in tokens' order."""
     factors = (inputs["k_scale"], inputs["v_scale"])
     keys, values = (
@@ -182,7 +182,7 @@ def _contiguous(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     length = int(inputs["lengths"][0])
     tables = _tables_by_row(inputs).long()
     keys, values = (
-        pages[tables].transpose(1, 2).flatten(2, 3)[:, :, :length].contiguous() for pages in _bf16_pages(inputs)
+        pages[tables].transpose(1, 2).flatten(2, 3)[:, :, :length].contiguous() for pages in bf16_pages(inputs)
     )
     return inputs["q"][:, :, None], keys, values
 

@@ -168,6 +168,7 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git-LFS pointer.*git lfs pull"),
         (b"{", "not valid JSON"),
+        (b'{"a":' * 100_000, r"not valid JSON \(nested too deeply\)"),
         (b"\xff\xfe", "not valid JSON"),
         (b"[]", "must hold a JSON object, found list"),
     ],

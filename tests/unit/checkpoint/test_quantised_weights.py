@@ -226,3 +226,14 @@ def test_half_of_a_matrix_cannot_be_ignored(static: Path) -> None:
     (static / "config.json").write_text(text.replace('"lm_head"', '"lm_head", "model.layers.0.self_attn.k_proj"'))
     with pytest.raises(ConfigError, match=r"must be quantised all or not at all.*found 1 of them among the ignored"):
         load(static)
+
+
+@pytest.mark.parametrize("weight_format", [FP8, FP32])
+def test_a_nan_among_fp8_values(tmp_path: Path, weight_format: WeightFormat) -> None:
+    make_checkpoint(tmp_path / "source", **SIZES)
+    quantise_checkpoint(tmp_path / "source", tmp_path / "fp8", SCHEMES["fp8 dynamic"])
+    tensors = load_file(tmp_path / "fp8" / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"].view(torch.uint8)[5, 6] = 0xFF
+    save_file(tensors, tmp_path / "fp8" / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"tensor model\.layers\.0\.mlp\.down_proj\.weight must hold finite numbers"):
+        load(tmp_path / "fp8", weight_format)

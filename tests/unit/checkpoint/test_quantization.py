@@ -88,6 +88,9 @@ GROUP = ("config_groups", "group_0")
         ({"quant_method": "fp8", "kv_cache_scheme": "int8"}, "kv_cache_scheme must be one of static .* found 'int8'"),
         ({"quant_method": "fp8", "ignored_layers": "lm_head"}, "ignored_layers must be a list of names of modules"),
         ({"quant_method": "fp8", "ignored_layers": ["re:("]}, "ignored_layers must hold regular expressions after re:"),
+        ({"quant_method": "fp8", "ignored_layers": ["re:(?!a)"]}, r"after re: \(error: look-around.* is not supported\)"),
+        ({"quant_method": "fp8", "ignored_layers": ["re:" + "(" * 5000]}, "after re: .*, found .*characters"),
+        ({"quant_method": "fp8", "ignored_layers": ["re:a{999999999999}"]}, "after re: .*decimal literal invalid"),
         (changed(COMPRESSED, "format", to="pack-quantized"), "format must be one of float-quantized.*'pack-quantized'"),
         (changed(COMPRESSED, "config_groups", to={}), r"config_groups must hold exactly one group, found \[\]"),
         (changed(COMPRESSED, *GROUP, to=None), "config_groups.group_0.targets must be"),
@@ -116,3 +119,8 @@ def test_an_own_file_that_says_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"hf_quant_config\.json: quantization must be an object, found None"):
         read(tmp_path, None, {"producer": {}})
     assert json.loads((tmp_path / "config.json").read_text()) == {}
+
+
+def test_an_expression_that_backtracks_for_ever_elsewhere_is_matched_at_once() -> None:
+    scheme = Quantization("fp8", "tensor", False, False, ("re:(.+)+ x", "re:" + ".*" * 60 + "x"))
+    assert scheme.quantises("model.layers.39.self_attn.o_proj.and.so.on.and.on")

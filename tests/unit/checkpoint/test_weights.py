@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from backend.checkpoint.matrix import WeightFormat
 from backend.checkpoint.model_config import read_model_config
 from backend.checkpoint.weight_loader import load_weights
 from backend.checkpoint.weights import Weights, weight_bytes
-from backend.errors import ConfigError
+from backend.errors import ConfigError, shown
 from tests.checkpoints import TinyConfig, make_checkpoint, random_tensors, write_json, write_shards
 
 CPU = torch.device("cpu")
@@ -170,8 +171,19 @@ def test_an_index_that_disagrees_with_its_files(tmp_path: Path) -> None:
 
     refused("tensor 'extra' is missing, though .* says it is there", extra=first)
     refused("'model-00003.safetensors'|model-00003.safetensors is missing", extra="model-00003.safetensors")
-    refused("must be the name of a file in the same folder, found '../model.safetensors'", extra="../model.safetensors")
-    refused("must be the name of a file in the same folder, found 7", extra=7)
+    for name in (
+        "../model.safetensors",
+        "/tmp/model.safetensors",
+        "..",
+        "",
+        "a\0.safetensors",
+        "\ud800.safetensors",
+        7,
+    ):
+        refused(
+            f"must be the name of a .safetensors file in the same folder, found {re.escape(shown(name))}", extra=name
+        )
+    refused("must be the name of a .safetensors file", extra="x" * 201 + ".safetensors")
     write_json(
         index_path, {"weight_map": {name: file for name, file in weight_map.items() if name != "model.norm.weight"}}
     )
@@ -217,3 +229,37 @@ def test_shards_are_written_as_the_tools_do(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(tensors)
     assert index["metadata"]["total_size"] == sum(tensor.numel() * 4 for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(torch.float32, float("nan")), (torch.bfloat16, float("inf")), (torch.float16, float("-inf"))],
+)
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"]
+)
+@pytest.mark.parametrize(
+    "weight_format", [WeightFormat(torch.bfloat16), WeightFormat(torch.float32, has_fp8_linears=True)]
+)
+def test_weights_that_are_not_finite(
+    tmp_path: Path, dtype: torch.dtype, value: float, name: str, weight_format: WeightFormat
+) -> None:
+    make_checkpoint(tmp_path, dtype=dtype)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = read_model_config(tmp_path)
+    with pytest.raises(ConfigError, match=rf"tensor {re.escape(name)} must hold finite numbers.*so 1 of 21 tensors"):
+        load_weights(tmp_path, config, device=CPU, weight_format=weight_format)
+
+
+def test_a_weight_that_the_served_dtype_cannot_hold(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"][3, 4] = torch.finfo(torch.float32).max  # rounds to infinity in BF16
+    save_file(tensors, tmp_path / "model.safetensors")
+    load(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"lm_head\.weight must hold finite numbers, found .* a number beyond bfloat16"
+    ):
+        load(tmp_path, torch.bfloat16)

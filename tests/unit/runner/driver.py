@@ -26,6 +26,7 @@ Runner = TypeVar("Runner", TorchRunner, CudaRunner)
 class Script:
     """One sequence: its prompt in chunks, then decode steps until `num_outputs` ids are there; and what came out.
 
+    `num_prompt_tokens`: only so many of `prompt` are the sequence's prompt, the others are outputs that were forced; 0: all.
     `is_every_chunk_sampled`: each chunk's last token is sampled, as if the prompt's rest were forced. `num_cached`: the
     first tokens of the prompt whose KV is in `pages` already. `num_outputs` 0: the prompt is only scored.
     """
@@ -40,6 +41,7 @@ class Script:
     ending_ids: tuple[int, ...] = ()
     is_every_chunk_sampled: bool = False
     num_cached: int = 0
+    num_prompt_tokens: int = 0
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     token_ids: list[int] = field(default_factory=list)
@@ -76,7 +78,8 @@ class Script:
         )
 
     def _slot_start(self) -> SlotStart:
-        return SlotStart(self.params, self.prompt, self.min_tokens, self.ending_ids, self.num_logprobs)
+        prompt = self.prompt[: self.num_prompt_tokens or None]
+        return SlotStart(self.params, prompt, self.min_tokens, self.ending_ids, self.num_logprobs)
 
     @property
     def num_pages(self) -> int:

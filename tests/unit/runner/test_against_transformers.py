@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import MistralForCausalLM
 
+from backend.runner.placement import Arithmetic
 from backend.runner.torch_runner import TorchRunner
-from backend.runner.work_items import GPU_SIZES
 from tests.checkpoints import make_checkpoint
 from tests.unit.runner.driver import Driver, Script, random_prompt
 
@@ -69,15 +69,15 @@ def test_bf16_shards_of_either_layout(tmp_path: Path, layout: Any) -> None:
     assert (actual[0] - expected[-1]).abs().max() < 1e-4
 
 
-def test_the_plain_products_of_a_gpu(tmp_path: Path) -> None:
+def test_the_products_and_attention_of_a_gpu(tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
     prompt = random_prompt(np.random.default_rng(2), 130)
     expected = reference_logits(tmp_path, prompt)
-    runner = make_runner(tmp_path)
-    runner._transformer._is_tiled = False
-    runner._item_sizes = GPU_SIZES
-    actual = logits_at_ends_of_chunks(runner, prompt, (100, *(1,) * 30))
-    assert (actual - expected[99:]).abs().max() < 1e-4
+    arithmetic = Arithmetic(is_tiled=False)
+    runner = make_runner(tmp_path, arithmetic=arithmetic, weight_dtype="fp32", kv_dtype="fp32")
+    actual = logits_at_ends_of_chunks(runner, prompt, (40, 60, *(1,) * 30))
+    ends = [39, *range(99, 130)]
+    assert (actual - expected[ends]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(

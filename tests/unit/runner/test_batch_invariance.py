@@ -119,7 +119,7 @@ def test_how_much_attention_is_held_at_once_does_not_matter(
 ) -> None:
     scripts, choose = random_mix(np.random.default_rng(5))
     driver.run(scripts, choose)
-    monkeypatch.setattr(driver.runner, "_item_sizes", ItemSizes(per_call=16, per_group=3))
+    monkeypatch.setattr(driver.runner, "_attention_sizes", ItemSizes(per_call=16, per_group=3))
     for script in scripts:
         assert_equal(script, driver.alone(script))
 

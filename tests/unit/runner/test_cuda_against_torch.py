@@ -37,7 +37,7 @@ MAX_TOKENS = 120
 
 
 def cuda_runner(folder: Path, **settings: Any) -> CudaRunner:
-    return CudaRunner.load(folder, EmulatedDevice(PLAIN[0]), **LIMITS | settings)
+    return CudaRunner.load(folder, EmulatedDevice(PLAIN[0]), max_step_tokens=512, **LIMITS | settings)
 
 
 def torch_runner(folder: Path, **settings: Any) -> TorchRunner:
@@ -50,6 +50,7 @@ def forced(prompts: Sequence[tuple[int, ...]], outputs: Sequence[tuple[int, ...]
         Script(
             prompt=(*prompt, *output),
             chunks=(len(prompt), *(1,) * len(output)),
+            num_prompt_tokens=len(prompt),
             slot=slot,
             pages=tuple(range(4 * slot, 4 * slot + 4)),
             is_every_chunk_sampled=True,

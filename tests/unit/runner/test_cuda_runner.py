@@ -15,8 +15,9 @@ from backend.engine.plan import PAGE_TOKENS, PageCopy, PlanRow, SlotStart, StepP
 from backend.engine.request import SamplingParams
 from backend.errors import ConfigError, EngineFailure
 from backend.runner.cuda.runner import CudaRunner
-from backend.runner.cuda.step_blocks import split_plan
+from backend.runner.cuda.step_tokens import lay_out
 from backend.runner.model_runner import ModelRunner
+from kernels.prefill_attention import Chunk
 from tests.checkpoints import TinyConfig, make_checkpoint, random_tensors, write_shards
 from tests.emulator import toolchain
 from tests.emulator.device import PLAIN, EmulatedDevice
@@ -30,7 +31,9 @@ NUM_PAGES = 12
 
 
 def make_runner(folder: Path, **settings: Any) -> CudaRunner:
-    limits = {"num_pages": NUM_PAGES, "num_host_pages": 4, "max_num_seqs": 4, "max_model_len": 256}
+    limits = {
+        "num_pages": NUM_PAGES, "num_host_pages": 4, "max_num_seqs": 4, "max_model_len": 384, "max_step_tokens": 400
+    }  # fmt: skip
     return CudaRunner.load(folder, EmulatedDevice(PLAIN[0]), **limits | settings)
 
 
@@ -129,12 +132,19 @@ def test_any_company_chunks_and_pages_give_the_same_bits(runner: CudaRunner) -> 
     assert_same(mixed, alone)
 
 
-def test_a_prompt_longer_than_a_block_is_the_same_in_any_chunks(runner: CudaRunner) -> None:
-    whole = Story(prompt(4, 140), 0, (0, 1, 2), num_outputs=1)
-    parts = Story(prompt(4, 140), 1, (6, 3, 8), chunks=(100, 40), num_outputs=1)
+def test_a_long_prompt_is_the_same_in_any_chunks_and_beside_decodes(runner: CudaRunner) -> None:
+    """Steps of 70 to 370 tokens: both kernels of linear layers, one and two slices of attention, every width."""
+    whole = Story(prompt(4, 300), 0, (0, 1, 2, 3, 4), num_outputs=2)
     run(runner, whole)
-    run(runner, parts)
-    assert_same(parts, whole)
+    chunks = Story(prompt(4, 300), 1, (6, 3, 8, 5, 7), chunks=(100, 129, 71), num_outputs=2)
+    run(runner, chunks)
+    assert_same(chunks, whole)
+    decoding = Story(prompt(1, 20), 2, (9,), num_outputs=1)
+    run(runner, decoding)
+    decoding.num_outputs = 3
+    among = Story(prompt(4, 300), 1, (4, 3, 2, 1, 0), num_outputs=2)
+    run(runner, decoding, among, Story(prompt(3, 69), 0, (10, 11), num_outputs=1))
+    assert_same(among, whole)
 
 
 def test_pages_that_went_to_the_host_and_back(runner: CudaRunner) -> None:
@@ -188,18 +198,18 @@ def test_nan_is_reported_by_slot(tmp_path: Path) -> None:
         step.result()
 
 
-def test_blocks_of_a_plan() -> None:
+def test_tokens_of_a_plan() -> None:
     rows = (
         PlanRow(3, 40, 1, (), (0,), True),
-        PlanRow(1, 0, 130, tuple(range(130)), (1, 2, 3), True, num_prompt_logprobs=0),
         PlanRow(0, 8, 2, (5, 6), (4,), True, num_forced=1),
+        PlanRow(1, 100, 30, tuple(range(100, 130)), (1, 2, 3), True, num_prompt_logprobs=0),
+        PlanRow(2, 0, 1, (9,), (4,), False, num_prompt_logprobs=2),
     )
-    blocks, kept = split_plan(StepPlan(0, rows), [(), tuple(range(130)), (), ()])
-    assert [len(block.token_ids) for block in blocks] == [128, 5]
-    assert [block.width for block in blocks] == [128, 8]
-    assert blocks[0].token_ids[:2] == [-4, 0]
-    assert blocks[1].slots == [1, 1, 1, 0, 0]
-    assert blocks[1].positions == [127, 128, 129, 8, 9]
-    assert blocks[1].kept_tokens == [0, 1, 2, 4]
-    assert kept.sampled == (0, 130, 131)
-    assert kept.scored == (range(1, 130),)
+    tokens = lay_out(StepPlan(0, rows), [(1, 2), tuple(range(130)), (9, 9), ()])
+    assert tokens.token_ids.tolist() == [-4, 5, 6, *range(100, 130), 9]
+    assert tokens.slots.tolist() == [3, 0, 0, *[1] * 30, 2]
+    assert tokens.positions.tolist() == [40, 8, 9, *range(100, 130), 0]
+    assert tokens.num_generated == 3
+    assert tokens.chunks == (Chunk(1, 100, 30), Chunk(2, 0, 1))
+    assert tokens.sampled == (0, 2, 32)
+    assert tokens.scored == (range(3, 32), range(33, 34))

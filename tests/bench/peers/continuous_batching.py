@@ -1,0 +1,114 @@
+"""The peer `transformers`: its continuous batching, asked in its own process without any network; a closed loop of streams.
+
+    python -m tests.bench.peers.continuous_batching JOB
+
+JOB is JSON: {"checkpoint", "prompts": [ids, ...], "streams": [1, 4, ...], "seconds", "num_prompt_tokens", "max_tokens",
+"num_threads", "end_id"}. Prints a JSON line with the greedy answers (ids) to `prompts`, then one with the report of each number
+of streams, then waits for SIGTERM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from client.load import LoadPlan
+from client.load_report import LoadReport
+from client.params import GenerationParams
+
+_PAGE_TOKENS = 64
+_MAX_BATCH_TOKENS = 512
+_NO_END = -1
+
+
+async def ask(
+    manager: Any, request_id: str, ids: list[int], max_tokens: int, end_id: int, report: LoadReport
+) -> list[int]:
+    """One request: every result is noted in `report`; its ids."""
+    loop, results = asyncio.get_running_loop(), asyncio.Queue[Any]()
+    manager.register_result_handler(request_id, results.put_nowait)
+    last_s, num_tokens = loop.time(), 0
+    manager.add_request(ids, request_id, max_tokens, streaming=True, eos_token_id=end_id)
+    while True:
+        result = await results.get()
+        if result.error is not None:
+            raise RuntimeError(result.error)
+        if (num_new := len(result.generated_tokens) - num_tokens) > 0:
+            report.add_response(num_new, loop.time() - last_s, is_first=not num_tokens)
+            last_s, num_tokens = loop.time(), num_tokens + num_new
+        if result.is_finished():
+            return list(result.generated_tokens)
+
+
+async def measure(manager: Any, job: dict[str, Any], num_streams: int) -> dict[str, Any]:
+    """The report of `num_streams` requests at a time for the job's seconds; what is left then is cancelled."""
+    plan = LoadPlan(
+        url=None, model="", num_streams=num_streams, num_requests=1, num_prompt_tokens=job["num_prompt_tokens"],
+        max_seconds=job["seconds"], first_id=1000, last_id=3999, seed=num_streams, params=GenerationParams(),
+    )  # fmt: skip
+    report = LoadReport(num_streams=num_streams, num_prompt_tokens=plan.num_prompt_tokens)
+    running: set[str] = set()
+
+    async def work(stream: int) -> None:
+        index = stream
+        while True:
+            request_id = f"{num_streams}-{index}"
+            running.add(request_id)
+            await ask(manager, request_id, list(plan.prompt(index)), job["max_tokens"], _NO_END, report)
+            running.discard(request_id)
+            report.num_done += 1
+            index += num_streams
+
+    report.start()
+    workers = [asyncio.create_task(work(stream)) for stream in range(num_streams)]
+    await asyncio.wait(workers, timeout=job["seconds"], return_when="FIRST_EXCEPTION")
+    report.end()
+    for worker in workers:
+        worker.cancel()
+    for outcome in await asyncio.gather(*workers, return_exceptions=True):
+        if not isinstance(outcome, asyncio.CancelledError):
+            raise RuntimeError(f"a stream ended: {outcome!r}")
+    for request_id in running:
+        manager.cancel_request(request_id)
+    await asyncio.sleep(0.5)
+    return report.numbers()
+
+
+async def serve(manager: Any, job: dict[str, Any]) -> None:
+    """Answers, then each number of streams."""
+    scratch = LoadReport(num_streams=1, num_prompt_tokens=0)
+    answers = [await ask(manager, f"a-{i}", ids, 160, job["end_id"], scratch) for i, ids in enumerate(job["prompts"])]
+    print(json.dumps(answers), flush=True)
+    for num_streams in job["streams"]:
+        print(json.dumps(await measure(manager, job, num_streams)), flush=True)
+
+
+def main(job: dict[str, Any]) -> None:
+    """Load the model and serve."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    torch.set_num_threads(job["num_threads"])
+    model: Any = AutoModelForCausalLM.from_pretrained(job["checkpoint"], dtype=torch.float32).eval()
+    tokens_per_stream = job["num_prompt_tokens"] + job["max_tokens"] + _PAGE_TOKENS
+    num_blocks = max(job["streams"]) * tokens_per_stream // _PAGE_TOKENS + 16
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(max_new_tokens=job["max_tokens"], do_sample=False),
+        continuous_batching_config=ContinuousBatchingConfig(
+            page_size=_PAGE_TOKENS, num_blocks=num_blocks, max_batch_tokens=_MAX_BATCH_TOKENS
+        ),
+    )
+    manager.start()
+    asyncio.run(serve(manager, job))
+    signal.sigwait({signal.SIGTERM})
+    os._exit(0)  # the manager's thread would be waited for
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
