@@ -86,10 +86,7 @@ class AiPerf:
             *("--synthetic-input-tokens-mean", 64, "--output-tokens-mean", NUM_TOKENS, "--artifact-dir", artifacts),
             *("--extra-inputs", "ignore_eos:true", *(["--streaming"] if stream else [])),
         ]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        said = subprocess.run(
-            [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S
-        )
+        said = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=_TIMEOUT_S)
         found = list(artifacts.rglob("profile_export_aiperf.json"))
         if said.returncode != 0 or not found:
             raise RuntimeError(f"aiperf ended with {said.returncode}:\n{said.stdout[-3000:]}{said.stderr[-3000:]}")
