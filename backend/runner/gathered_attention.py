@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from backend.checkpoint import fp8
@@ -90,6 +89,9 @@ def _attend_group(
 ) -> torch.Tensor:
     """[n, H, D] of queries [n, H, D], keys and values [S, K, keys, D]."""
     if is_seen is None:
+        # NOTE: importing this loads PyTorch's compiler, which takes two seconds and leaves a folder behind: on GPUs alone.
+        from torch.nn.attention.bias import causal_lower_right
+
         return scaled_dot_product_attention(
             queries.transpose(0, 1).unsqueeze(0),
             keys,
