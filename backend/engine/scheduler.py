@@ -424,10 +424,12 @@ class Scheduler:
         sequence.slot = -1
         sequence.group.num_running -= 1
         self._num_running_requests -= sequence.group.num_running == 0
+        sequence.group.let_go()
 
     def _forget_if_finished(self, group: RequestGroup) -> None:
         if group.num_unfinished == 0:
             del self._groups[group.request.handle]
+            group.let_go()
 
 
 def _num_wanted_tokens(sequence: Sequence) -> int:

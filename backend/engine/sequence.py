@@ -262,7 +262,7 @@ class RequestGroup:
         n = request.num_return_sequences
         # The last id drawn is never run, so it needs no place; a prompt that is only scored needs all of its own.
         num_pages = num_pages_for(len(request.prompt_token_ids) + max(request.max_tokens, 1) - 1, page_tokens)
-        self.sequences = tuple(
+        self.sequences: tuple[Sequence, ...] = tuple(
             Sequence(
                 self,
                 index,
@@ -271,6 +271,11 @@ class RequestGroup:
             )
             for index in range(request.num_return_sequences)
         )
+
+    def let_go(self) -> None:
+        """Once nothing of it runs any more: a group and its sequences refer to each other, and would wait for the collector."""
+        if self.num_unfinished == 0 and self.num_running == 0:
+            self.sequences = ()
 
     def start_guide(self, guide: Guide) -> None:
         """Let every sequence follow the grammar; RequestError when it cannot be started so often."""

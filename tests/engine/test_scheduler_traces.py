@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from backend.engine.plan import PAGE_TOKENS
 from backend.engine.request import GenerationRequest, SamplingParams
 from backend.engine.scheduler import SchedulerLimits
+from backend.engine.sequence import RequestGroup, Sequence
 from tests.engine.device import VOCAB_SIZE
 from tests.engine.grammar import guide_spec
 from tests.engine.trace import Abort, AbortAll, AbortRequestId, Add, Order, Pass, Trace
@@ -201,6 +203,20 @@ def random_load(seed: int) -> tuple[SchedulerLimits, list[list[Order]]]:
         abort: list[Order] = [Abort(chance.randrange(30))] if chance.random() < 0.2 else []
         turns += [[Add(request), *abort], *[[] for _ in range(chance.choice([0, 0, 3, 20]))]]
     return limits, turns
+
+
+def test_what_has_ended_is_freed_without_the_garbage_collector() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for seed in range(3):
+            limits, turns = random_load(seed)
+            trace = Trace(limits, 1)
+            trace.play(turns)
+            assert trace.requests
+        assert not [each for each in gc.get_objects() if type(each) in (Sequence, RequestGroup)]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("seed", range(12))
