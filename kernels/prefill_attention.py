@@ -313,6 +313,7 @@ CASES = (
     Case("slots used again, FP8", {"H": 4, "K": 1}, {"chunks": ((500, 20),), "fp8": True, "output": 2}),
     Case("chunks of every kind", {"H": 4, "K": 1}, {"chunks": ((0, 33), (64, 32), (127, 2), (200, 1), (96, 40))}),
     Case("chunks of every kind, FP8", {"H": 4, "K": 1}, {"chunks": ((0, 33), (64, 32), (127, 2), (200, 1)), "fp8": True}),
+    Case("several tiles a block", {"H": 4, "K": 1}, {"chunks": ((510, 3),) * 12}),
     Case("one query head a KV head", {"H": 2, "K": 2}, {"chunks": ((100, 60),), "output": 2}),
     Case("two query heads a KV head", {"H": 2, "K": 1}, {"chunks": ((190, 10),), "fp8": True}),
     Case("three query heads a KV head", {"H": 3, "K": 1}, {"chunks": ((120, 20),)}),
