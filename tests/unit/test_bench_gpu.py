@@ -52,6 +52,8 @@ def test_the_whole_command_at_toy_sizes(tmp_path: Path, capsys: pytest.CaptureFi
         assert all(us >= 0 for us in exposed.values())
         assert cell["share_of_floor"] > 0
         assert cell["num_steps"] == 2
+    assert [(prompt["length"], prompt["chunk"]) for prompt in results["prompts"]] == [(150, 150), (150, 64)]
+    assert all(prompt["first_token_ms"] > 0 and prompt["share_of_floor"] > 0 for prompt in results["prompts"])
     timed = {entry["op"] for entry in results["kernels"]}
     assert timed == {op.name for op in select_ops(None)} - {"read_bandwidth"}
     peers = {name for entry in results["kernels"] for name in entry["peers_us"]}
@@ -68,7 +70,8 @@ def test_when_the_time_is_over_nothing_new_begins(tmp_path: Path) -> None:
     file = tmp_path / "emulated.json"
     assert run("--emulated", "--json", str(file), "--seconds", "0") == 0
     results = json.loads(file.read_text())
-    assert all(entry["skipped"] == "no time left" for entry in results["kernels"] + results["decode_steps"])
+    entries = results["kernels"] + results["decode_steps"] + results["prompts"]
+    assert all(entry["skipped"] == "no time left" for entry in entries)
 
 
 class FakeGpu(EmulatedDevice):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from backend.checkpoint.model_config import ModelConfig
+from backend.runner.cuda.runner import CudaRunner
 from kernels import read_bandwidth
 from kernels.bench import describe_machine, time_case
 from kernels.build import build
@@ -28,10 +29,11 @@ from kernels.launch import Device
 from kernels.op import Case, Op
 from kernels.ops import OPS, select_ops
 from tests.bench.conditions import RESULTS
-from tests.bench.gpu import kernel_timings, steps
+from tests.bench.gpu import kernel_timings, prompts, steps
 from tests.bench.gpu.host_clock import HostClock
 from tests.bench.gpu.models import NEMO, TOY, pages_for, random_runner
 from tests.bench.gpu.observed_device import ObservedDevice
+from tests.bench.gpu.prompts import Prompt
 from tests.bench.gpu.steps import Cell
 from tests.emulator.device import PLAIN, EmulatedDevice
 
@@ -46,6 +48,8 @@ class Scale:
     cells: tuple[Cell, ...]
     num_steps: int
     checked: Cell
+    prompts: tuple[Prompt, ...]
+    checked_chunks: tuple[int, ...]
     cases: tuple[tuple[Op, Case], ...]
 
 
@@ -62,9 +66,22 @@ FULL = Scale(
     (Cell(1, 1024), Cell(64, 4096), Cell(1, 131072), Cell(8, 4096), Cell(64, 1024), Cell(256, 1024), Cell(8, 32768)),
     num_steps=40,
     checked=Cell(8, 1024),
+    prompts=(
+        *(Prompt(1024, 8192), Prompt(8192, 8192), Prompt(8192, 2048), Prompt(8192, 512)),
+        *(Prompt(32768, 8192), Prompt(131072, 8192), Prompt(131072, 2048)),
+    ),
+    checked_chunks=(8192, 2048, 512),
     cases=tuple((op, case) for op in OPS for case in op.cases if case.is_timed),
 )
-SMALL = Scale(TOY, (Cell(1, 70), Cell(3, 130)), num_steps=2, checked=Cell(3, 70), cases=tuple(_small_cases()))
+SMALL = Scale(
+    TOY,
+    (Cell(1, 70), Cell(3, 130)),
+    num_steps=2,
+    checked=Cell(3, 70),
+    prompts=(Prompt(150, 150), Prompt(150, 64)),
+    checked_chunks=(150, 70),
+    cases=tuple(_small_cases()),
+)
 
 
 class Bench:
@@ -86,7 +103,7 @@ class Bench:
         """Everything; CheckError and LaunchError end it, and leave the results of before."""
         self._read_ceiling()
         if ops is None:
-            self._decode_steps()
+            self._whole_steps()
         self._kernels(ops)
 
     def _read_ceiling(self) -> None:
@@ -95,16 +112,20 @@ class Bench:
         self._bytes_per_us = ceiling.tb_per_s * 1e6
         self._keep("read_ceiling_tb_per_s", ceiling.tb_per_s, f"read ceiling: {ceiling.line()}")
 
-    def _decode_steps(self) -> None:
+    def _whole_steps(self) -> None:
+        """Decode steps, then prompts, of one random model."""
         scale, started = self._scale, time.monotonic()
         most = max(pages_for(cell.context + 2 * scale.num_steps) * cell.batch for cell in (*scale.cells, scale.checked))
+        longest_prompt = max(*(prompt.length for prompt in scale.prompts), *scale.checked_chunks)
+        longest = max(*(cell.context + 2 * scale.num_steps for cell in scale.cells), longest_prompt)
         observed = ObservedDevice(self._device, is_timed=not self._is_gpu)
         runner = random_runner(
             scale.config,
             observed,
-            num_pages=most,
+            num_pages=max(most, pages_for(longest_prompt)),
             max_num_seqs=max(cell.batch for cell in scale.cells),
-            max_model_len=max(cell.context for cell in scale.cells) + 2 * scale.num_steps,
+            max_model_len=longest,
+            max_step_tokens=max(scale.checked_chunks),
         )
         self._device.synchronize()
         seconds = time.monotonic() - started
@@ -121,7 +142,19 @@ class Bench:
             else:
                 cells.append({"batch": cell.batch, "context": cell.context, "skipped": "no time left"})
             self._keep("decode_steps", cells, "\n".join(steps.lines(cells[-1])))
+        self._prompts(runner)
         runner.close()
+
+    def _prompts(self, runner: CudaRunner) -> None:
+        if self._time_is_left():
+            prompts.check_chunks(runner, max(self._scale.checked_chunks), self._scale.checked_chunks)
+        entries: list[dict[str, Any]] = []
+        for prompt in self._scale.prompts:
+            if self._time_is_left():
+                entries.append(prompts.measure(runner, prompt, self._bytes_per_us))
+            else:
+                entries.append({"length": prompt.length, "chunk": prompt.chunk, "skipped": "no time left"})
+            self._keep("prompts", entries, prompts.line(entries[-1]))
 
     def _kernels(self, name: str | None) -> None:
         chosen = [

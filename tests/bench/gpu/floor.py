@@ -1,9 +1,10 @@
-"""The least a decode step may take: the time its bytes take at the measured read ceiling."""
+"""The least that decode steps and prompts may take: the time of their bytes, or of their products."""
 
 from __future__ import annotations
 
 from backend.checkpoint.matrix import WeightFormat
 from backend.checkpoint.model_config import ModelConfig
+from kernels.op import FP8_FLOP_PER_US, HALF_FLOP_PER_US
 
 
 def decode_bytes(config: ModelConfig, weight_format: WeightFormat, kv_bytes: int, batch: int, context: int) -> int:
@@ -13,7 +14,22 @@ def decode_bytes(config: ModelConfig, weight_format: WeightFormat, kv_bytes: int
     """
     linear_bytes = 1 if weight_format.has_fp8_linears else 2
     head_bytes = 1 if weight_format.has_fp8_head else 2
+    weights = linear_bytes * _linear_weights(config) + head_bytes * config.vocab_size * config.hidden_size
+    return weights + batch * context * 2 * config.num_layers * config.kv_size * kv_bytes
+
+
+def prompt_us(config: ModelConfig, length: int, bytes_per_us: float) -> float:
+    """Microseconds that a prompt takes at least: FP8 products in the layers, half precision in causal attention.
+
+    The tensor cores' rates are those of the datasheet. A short prompt takes as long as reading the weights.
+    """
+    linears_us = 2 * _linear_weights(config) * length / FP8_FLOP_PER_US
+    attention_us = 2 * config.num_layers * config.query_size * length * (length + 1) / HALF_FLOP_PER_US
+    weights_us = _linear_weights(config) / bytes_per_us
+    return max(linears_us, weights_us) + attention_us
+
+
+def _linear_weights(config: ModelConfig) -> int:
     hidden, heads = config.hidden_size, config.query_size
     of_layer = (heads + 2 * config.kv_size) * hidden + hidden * heads + 3 * config.ffn_size * hidden
-    weights = linear_bytes * config.num_layers * of_layer + head_bytes * config.vocab_size * hidden
-    return weights + batch * context * 2 * config.num_layers * config.kv_size * kv_bytes
+    return config.num_layers * of_layer

@@ -69,7 +69,7 @@ def _fill_matrix(matrix: Matrix, generator: torch.Generator) -> None:
 
 
 def random_runner(
-    config: ModelConfig, device: Device, *, num_pages: int, max_num_seqs: int, max_model_len: int
+    config: ModelConfig, device: Device, *, num_pages: int, max_num_seqs: int, max_model_len: int, max_step_tokens: int
 ) -> CudaRunner:
     """FP8 weights and pages, the head in BF16; all pages hold normal values."""
     with torch.inference_mode():
@@ -82,7 +82,7 @@ def random_runner(
             num_pages=num_pages,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
-            max_step_tokens=max_num_seqs,
+            max_step_tokens=max_step_tokens,
         )
         generator = torch.Generator(device=device.torch_device).manual_seed(1)
         for layer in range(config.num_layers):
