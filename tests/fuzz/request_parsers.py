@@ -84,7 +84,7 @@ WHOLE = {
     "return_generation_logits": False,
     "stop": False,
 }
-CHUNK = [1, 5, 6, 0, 0, 1, 2, 1, 0, 1, 1100, 1101, 1100]
+CHUNK = [2, 5, 6, 0, 0, 1, 2, 1, 0, 1, 9, 1100, 1101, 1100]
 PLACES = json.dumps(
     [
         {

@@ -52,12 +52,12 @@ def test_damaged_inputs_are_taken_or_refused(parsers: dict[str, Parser], name: s
 
 # What a client that calls postprocessing by hand may send in the place of the engine.
 BY_HAND: list[tuple[dict[str, object], str]] = [
-    ({"stream_chunk": [1, 2]}, "stream_chunk: 2 values do not begin with version 1 and a header"),
+    ({"stream_chunk": [1, 2]}, "stream_chunk: 2 values do not begin with version 2 and a header"),
     (
-        {"stream_chunk": [1, 5, 6, 0, 0, 1, 1, 1, 0, 1, 1100, 4000]},
+        {"stream_chunk": [2, 5, 6, 0, 0, 1, 1, 1, 0, 1, 9, 1100, 4000]},
         "stream_chunk: text_ids must be 0 to 3999 but one is 4000",
     ),
-    ({"stream_chunk": [1, 5, 6, 0, 0, 1, 0, 0, 0, 9]}, "stream_chunk: text_ids hold 0 bytes, fewer than"),
+    ({"stream_chunk": [2, 5, 6, 0, 0, 1, 0, 0, 0, 9, 9]}, "stream_chunk: text_ids hold 0 bytes, fewer than"),
     ({"stream_chunk": CHUNK, "top_log_probs": "[{"}, "top_log_probs: is no JSON of places: "),
     (
         {"stream_chunk": CHUNK, "prompt_log_probs": PLACES.replace("6", "4000")},

@@ -159,6 +159,7 @@ def test_product(is_tiled: bool, held: torch.dtype, input_scale: torch.Tensor | 
 @pytest.mark.parametrize("is_cuda", [False, True])
 def test_what_auto_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None, is_cuda: bool) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     quantization = None
     if name is not None:
         quantise_checkpoint(make_checkpoint(tmp_path / "source"), tmp_path / "fp8", SCHEMES[name])

@@ -84,6 +84,7 @@ def test_unusable_settings(folder: Path, settings: dict[str, Any], message: str)
 def test_auto_on_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     chosen = choose_placement()
     assert (chosen.device, chosen.weight_format.dense, chosen.kv_dtype) == (
         torch.device("cuda:0"),
