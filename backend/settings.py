@@ -96,7 +96,7 @@ class Settings:
         "last, which is many times faster under load",
     )
     max_unsent_tokens: int = _setting(
-        32,
+        64,
         "tokens by which a stream may be ahead of what its client was sent; there it pauses until they are sent; 0: no bound",
     )
     recording: str = _setting(
