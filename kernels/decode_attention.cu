@@ -28,6 +28,9 @@
 using namespace kv_layout;
 using hw::u32;
 using numeric::f32x4;
+using numeric::halves_of_e4m3;
+using numeric::pack_bf16;
+using numeric::pack_f16;
 
 namespace {
 constexpr int GROUP = NUM_HEADS / NUM_KV_HEADS;
@@ -56,16 +59,12 @@ HW int chunks_of(int length) {
   return (num_pages + chunk_pages - 1) / chunk_pages;
 }
 
-HW u32 pack_bf16(float low, float high) { return hw::from_bits<u32>(__floats2bfloat162_rn(low, high)); }
-HW u32 pack_f16(float low, float high) { return hw::from_bits<u32>(__floats2half2_rn(low, high)); }
 HW u32 pack_weights(float low, float high) { return FP8_KV ? pack_f16(low, high) : pack_bf16(low, high); }
 
 HW void multiply(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
   if constexpr (FP8_KV) hw::mma_m16n8k16_f16(d, a, b);
   else hw::mma_m16n8k16_bf16(d, a, b);
 }
-
-HW u32 halves(u32 e4m3_pair) { return hw::from_bits<u32>(hw::e4m3x2_to_half2((hw::u16)e4m3_pair)); }
 
 // The A operand of S for step k of 16 dimensions: this lane's head, and the dimensions that load_keys puts at the same places.
 HW void load_query(u32 (&a)[8][4], const __nv_bfloat16* q, int lane) {
@@ -95,7 +94,7 @@ HW void add_scores(float (&s)[2][4], const u32 (&a)[8][4], const unsigned char* 
       hw::ldmatrix_x4(r, keys + chunk_offset<ROW_BYTES>(first_token + (lane & 15), chunk + (lane >> 4)));
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const u32 b[2] = {halves(r[i] & 0xFFFF), halves(r[i] >> 16)};
+        const u32 b[2] = {halves_of_e4m3(r[i]), halves_of_e4m3(r[i] >> 16)};
         multiply(s[i & 1], a[chunk + (i >> 1)], b);
       }
     }
@@ -127,7 +126,7 @@ HW void add_values(float (&o)[16][4], const u32 (&p)[4], const unsigned char* va
     for (int i = 0; i < 4; i += 2) {
       const u32 low = r[i] & keep_low, high = r[i + 1] & keep_high;
       if constexpr (FP8_KV) {
-        const u32 low0 = halves(low & 0xFFFF), low1 = halves(low >> 16), high0 = halves(high & 0xFFFF), high1 = halves(high >> 16);
+        const u32 low0 = halves_of_e4m3(low), low1 = halves_of_e4m3(low >> 16), high0 = halves_of_e4m3(high), high1 = halves_of_e4m3(high >> 16);
         const u32 even[2] = {(low0 & 0xFFFF) | low1 << 16, (high0 & 0xFFFF) | high1 << 16};
         const u32 odd[2] = {low0 >> 16 | (low1 & 0xFFFF0000u), high0 >> 16 | (high1 & 0xFFFF0000u)};
         multiply(o[n + i], p, even);

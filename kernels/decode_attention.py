@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from kernels.arguments import Access, Buffer, int32
+from kernels.attention_reference import attended, expected_outputs, kept_values, output_bounds
 from kernels.contract import check_arguments, check_size
-from kernels.e4m3 import code_bounds, row_scales
 from kernels.errors import ContractError
-from kernels.kv_layout import HEAD_DIM, PAGE_TOKENS, swizzled, unswizzled
+from kernels.kv_layout import HEAD_DIM, PAGE_TOKENS, swizzled
 from kernels.launch import Device, Launch, Program
 from kernels.op import HALF_FLOP_PER_US, Case, Cost, Inputs, Op
 
@@ -212,13 +210,7 @@ def decode_attention_reference(
 ) -> dict[str, torch.Tensor]:
     """In FP64; e4m3 outputs unrounded."""
     y, _ = _attended(q, k_pages, v_pages, k_scale, v_scale, page_tables, sequences, lengths)
-    expected = {}
-    if scale is not None:
-        expected["scale"] = row_scales(y)
-        y = y / expected["scale"][:, None]
-    if static_scale is not None:
-        y = (y / static_scale.double()).clamp(-448, 448)
-    return expected | {"out": y}
+    return expected_outputs(y, scale, static_scale)
 
 
 def _attended(
@@ -233,30 +225,18 @@ def _attended(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Results [T, H 128] in FP64, and how far the kernel's roundings may move each.
 
-    A score is a sum of 128 products in FP32: it may lose 128 * 2^-24 of the sum of |q k|, and its exponent as much again
-    (scaling, subtraction, exp2 within 2 ulp). A weight is rounded to BF16 (2^-9) or FP16 (2^-11, but at least 2^-25 where it
-    is small: the chunk's largest weight is 1). The sums over the row lose 2^-24 per token at most, once above, once below.
+    Weights are rounded to BF16 (2^-9) or FP16 (2^-11, but at least 2^-25 where they are small).
     """
-    num_rows, num_heads, _ = q.shape
-    num_kv_heads = k_pages.shape[1]
     weight_error, smallest_error = (2.0**-9, 0.0) if k_scale is None else (2.0**-11, 2.0**-25)
-    keys, values = (
-        unswizzled(pages).double() * (1.0 if factor is None else factor.item())
-        for pages, factor in ((k_pages, k_scale), (v_pages, v_scale))
-    )
-    out, moved = torch.zeros(2, num_rows, num_heads, HEAD_DIM, dtype=torch.float64)
+    keys, values = kept_values(k_pages, k_scale), kept_values(v_pages, v_scale)
+    out, moved = torch.zeros(2, *q.shape, dtype=torch.float64)
     for row, length in enumerate(lengths.tolist()):
-        if length == 0:
-            continue
-        pages = page_tables[int(sequences[row]), : -(-length // PAGE_TOKENS)].long()
-        k, v = (kept[pages].transpose(1, 2).reshape(-1, num_kv_heads, HEAD_DIM)[:length] for kept in (keys, values))
-        query = q[row].double().view(num_kv_heads, -1, HEAD_DIM) / math.sqrt(HEAD_DIM)
-        weights = torch.einsum("kgd,lkd->kgl", query, k).softmax(dim=-1)
-        magnitude = torch.einsum("kgd,lkd->kgl", query.abs(), k.abs()).amax(dim=-1, keepdim=True)
-        lost = 2 * magnitude * HEAD_DIM * 2.0**-23 + weight_error + 2 * length * 2.0**-24
-        out[row] = torch.einsum("kgl,lkd->kgd", weights, v).reshape(num_heads, HEAD_DIM)
-        spread = torch.einsum("kgl,lkd->kgd", weights * torch.expm1(lost) + smallest_error, v.abs())
-        moved[row] = spread.reshape(num_heads, HEAD_DIM) + out[row].abs() * (2 * length * 2.0**-24)
+        if length:
+            page_ids = page_tables[int(sequences[row])]
+            its_row = slice(row, row + 1)
+            out[its_row], moved[its_row] = attended(
+                q[its_row], keys, values, page_ids, length - 1, weight_error, smallest_error
+            )
     return out.flatten(1), moved.flatten(1)
 
 
@@ -264,18 +244,7 @@ def bounds(inputs: Inputs, expected: dict[str, torch.Tensor]) -> dict[str, torch
     """What scores, weights and sums lose, and half a unit of the output format where the value then is."""
     names = ("q", "k_pages", "v_pages", "k_scale", "v_scale", "page_tables", "sequences", "lengths")
     _, moved = _attended(*(inputs[name] for name in names))
-    if inputs["scale"] is not None:
-        of_scale = moved.amax(dim=1) / 448.0 + expected["scale"] * 2.0**-22
-        relative = (of_scale / expected["scale"])[:, None]
-        moved = moved / expected["scale"][:, None] + expected["out"].abs() * relative
-        return {"scale": of_scale, "out": _moved_code_bounds(expected["out"], moved)}
-    if inputs["static_scale"] is not None:
-        return {"out": _moved_code_bounds(expected["out"], moved / inputs["static_scale"].double())}
-    return {"out": moved + (expected["out"].abs() + moved) * 2.0**-8}
-
-
-def _moved_code_bounds(codes: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
-    return code_bounds(codes.abs() + moved, 2.0**-22) + moved
+    return output_bounds(inputs, expected, moved)
 
 
 _NEMO = {"H": 32, "K": 8}

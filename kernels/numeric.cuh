@@ -34,6 +34,13 @@ HW bf16x8 pack_bf16(const float (&from)[8]) {
   return to;
 }
 
+// Two values in a register, the first in its low half.
+HW u32 pack_bf16(float low, float high) { return hw::from_bits<u32>(__floats2bfloat162_rn(low, high)); }
+HW u32 pack_f16(float low, float high) { return hw::from_bits<u32>(__floats2half2_rn(low, high)); }
+
+// The two e4m3 codes in the low half of a register -> FP16, which has them all.
+HW u32 halves_of_e4m3(u32 pair) { return hw::from_bits<u32>(hw::e4m3x2_to_half2((hw::u16)pair)); }
+
 // Nearest e4m3, ties to even, saturating at +-448; NaN stays NaN.
 HW e4m3x8 pack_e4m3(const float (&from)[8], float inverse_scale) {
   e4m3x8 to;

@@ -37,17 +37,17 @@
 //   1  two math warpgroups in turns, weights of a tile made while the one before is summed     not yet run on hardware
 #include "kv_layout.cuh"
 #include "numeric.cuh"
+#include "query_tiles.cuh"
 #include "wgmma.cuh"
 using namespace kv_layout;
+using namespace query_tiles;
 using hw::u32;
+using numeric::halves_of_e4m3;
+using numeric::pack_bf16;
+using numeric::pack_f16;
 
 namespace {
-constexpr int GROUP = NUM_HEADS / NUM_KV_HEADS;
-constexpr int NUM_GROUPS = 2;   // math warpgroups of a block
-constexpr int TILE_ROWS = 128;  // of queries: tokens x heads of a KV head, 64 rows for each warpgroup
-constexpr int TILE_TOKENS = GROUP == 1 ? 128 : GROUP == 2 ? 64 : GROUP <= 4 ? 32 : 16;
-constexpr int QUERY_ROWS = GROUP * TILE_TOKENS;
-constexpr int KV_TOKENS = 128;  // of a tile of K or V: two pages
+constexpr int NUM_GROUPS = 2;              // math warpgroups of a block, 64 rows of a tile each
 constexpr int KV_PAGES = KV_TOKENS / PAGE_TOKENS;
 constexpr int NUM_WARPS = 4 * NUM_GROUPS;  // of math
 constexpr int NUM_THREADS = 128 * (NUM_GROUPS + 1);
@@ -60,23 +60,6 @@ constexpr int NUM_CONVERTERS = 3;  // warps that make FP16 of codes
 constexpr int OUT_BYTES = OUTPUT == 2 ? 1 : 2;
 constexpr int QUANTISE_THREADS = 256;
 constexpr float LOG2_E = 1.44269504f;
-static_assert(GROUP >= 1 && GROUP <= 8 && GROUP * NUM_KV_HEADS == NUM_HEADS && KV_TOKENS % TILE_TOKENS == 0);
-
-// Some consecutive query tokens of a sequence, within a multiple of TILE_TOKENS and the next.
-struct alignas(16) Tile {
-  int sequence;
-  int row_of_position_0;  // the row of q where the sequence's first token would be
-  int position;           // of the first token
-  int length;             // behind the chunk's last token: the tile ends there or at the next multiple of TILE_TOKENS
-
-  HW int first() const { return position / TILE_TOKENS * TILE_TOKENS; }
-  HW int num_kv_tiles() const { return first() / KV_TOKENS + 1; }
-};
-
-// The item of a block in a round: forwards and backwards in turns, so that no block always gets the longest of a round.
-HW int item_at(int round) {
-  return round * (int)gridDim.x + (int)(round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-}
 
 // A place in a ring of slots with the parity of the round.
 template <int SIZE>
@@ -105,28 +88,6 @@ HW void group_sync(int group) {
   else hw::bar_sync<4>(128);
 }
 
-// Calls use(tile, kv_head) for each item of this block.
-template <class Use>
-HW void for_each_item(const int* tiles, int num_items, Use use) {
-  for (int round = 0; round * (int)gridDim.x < num_items; round++) {
-    const int item = item_at(round);
-    if (item < num_items) use(hw::ld16<Tile>(tiles + item / NUM_KV_HEADS * 4), item % NUM_KV_HEADS);
-  }
-}
-
-// Calls use(is_value, kv_tile, num_valid) for each tile of K and V of a tile of queries, in the order in which they are used: from the last to the first,
-// V one step later. Tokens from num_valid on are behind the chunk.
-template <class Use>
-HW void for_each_kv_tile(const Tile& tile, Use use) {
-  const int num_kv_tiles = tile.num_kv_tiles();
-  for (int kv_tile = num_kv_tiles - 1; kv_tile >= -1; kv_tile--) {
-    if (kv_tile >= 0) use(false, kv_tile, KV_TOKENS);
-    if (kv_tile < num_kv_tiles - 1) use(true, kv_tile + 1, min(tile.length - (kv_tile + 1) * KV_TOKENS, KV_TOKENS));
-  }
-}
-
-HW u32 pack_bf16(float low, float high) { return hw::from_bits<u32>(__floats2bfloat162_rn(low, high)); }
-HW u32 pack_f16(float low, float high) { return hw::from_bits<u32>(__floats2half2_rn(low, high)); }
 HW u32 pack_weights(float low, float high) { return FP8_KV ? pack_f16(low, high) : pack_bf16(low, high); }
 
 // Eight BF16 -> eight FP16.
@@ -140,12 +101,9 @@ HW uint4 halves_of_bf16(const uint4& from) {
   }
   return make_uint4(to[0], to[1], to[2], to[3]);
 }
-HW uint4 halves_of_e4m3(u32 low, u32 high) {
-  const u32 pairs[4] = {low & 0xFFFF, low >> 16, high & 0xFFFF, high >> 16};
-  u32 to[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) to[i] = hw::from_bits<u32>(hw::e4m3x2_to_half2((hw::u16)pairs[i]));
-  return make_uint4(to[0], to[1], to[2], to[3]);
+// Eight e4m3 -> eight FP16.
+HW uint4 halves_of_codes(u32 low, u32 high) {
+  return make_uint4(halves_of_e4m3(low), halves_of_e4m3(low >> 16), halves_of_e4m3(high), halves_of_e4m3(high >> 16));
 }
 
 // s = Q K^T of 64 rows and 128 tokens, by steps of 16 dimensions (32 bytes; descriptors count in 16).
@@ -330,7 +288,7 @@ prefill_attention(const __grid_constant__ hw::TensorMap q_map, const __grid_cons
           for (int i = threadIdx.x - 32 * (NUM_WARPS + 1); i < KV_TOKENS * 8; i += 32 * NUM_CONVERTERS) {
             const int token = i / 8, chunk = (i ^ token) & 7;  // of 16 dimensions
             const uint4 sixteen = token < num_valid ? hw::ld16<uint4>(its_codes + i * 16) : make_uint4(0, 0, 0, 0);
-            const uint4 low = halves_of_e4m3(sixteen.x, sixteen.y), high = halves_of_e4m3(sixteen.z, sixteen.w);
+            const uint4 low = halves_of_codes(sixteen.x, sixteen.y), high = halves_of_codes(sixteen.z, sixteen.w);
             // Of eight lanes, four write to each span: one half of them the odd chunks first, so that their banks differ.
             const int span = chunk / 4, place = token * 128 + chunk % 4 * 32;
             hw::st16(slot + span * SPAN_BYTES + hw::swizzle128(place + 16 * span), span ? high : low);

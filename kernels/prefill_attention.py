@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 
 from kernels.arguments import Access, Buffer, Swizzle, TensorMap, int32
+from kernels.attention_reference import attended, expected_outputs, kept_values, output_bounds
 from kernels.contract import check_arguments, check_size
-from kernels.e4m3 import code_bounds, row_scales
 from kernels.errors import ContractError
-from kernels.kv_layout import HEAD_DIM, PAGE_TOKENS, swizzled, unswizzled
+from kernels.kv_layout import HEAD_DIM, PAGE_TOKENS, swizzled
 from kernels.launch import Device, Launch, Program
 from kernels.op import HALF_FLOP_PER_US, Case, Cost, Inputs, Op
 
@@ -227,13 +226,7 @@ def prefill_attention_reference(
 ) -> dict[str, torch.Tensor]:
     """In FP64; e4m3 outputs unrounded."""
     y, _ = _attended(q, k_pages, v_pages, k_scale, v_scale, page_tables, tiles)
-    expected = {}
-    if scale is not None:
-        expected = {"unscaled": y, "scale": row_scales(y)}
-        y = y / expected["scale"][:, None]
-    if static_scale is not None:
-        y = (y / static_scale.double()).clamp(-448, 448)
-    return expected | {"out": y}
+    return expected_outputs(y, scale, static_scale) | ({} if scale is None else {"unscaled": y})
 
 
 def _attended(
@@ -247,34 +240,18 @@ def _attended(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Results [T, H 128] in FP64, and how far the kernel's roundings may move each.
 
-    A score is a sum of 128 products in FP32: it may lose 128 * 2^-24 of the sum of |q k|, and its exponent as much again
-    (scaling, subtraction, exp2 within 2 ulp). A weight is rounded to BF16 (2^-8) or FP16 (2^-11, but at least 2^-25 where it
-    is small: the largest weight so far is 1). The sums over the row lose 2^-24 per token at most, once above, once below.
+    Weights are rounded to BF16 (2^-8) or FP16 (2^-11, but at least 2^-25 where they are small).
     """
-    num_rows, num_heads, _ = q.shape
-    num_kv_heads = k_pages.shape[1]
-    tokens = tile_tokens(num_heads, num_kv_heads)
+    tokens = tile_tokens(q.shape[1], k_pages.shape[1])
     weight_error, smallest_error = (2.0**-8, 0.0) if k_scale is None else (2.0**-11, 2.0**-25)
-    keys, values = (
-        unswizzled(pages).double() * (1.0 if factor is None else factor.item())
-        for pages, factor in ((k_pages, k_scale), (v_pages, v_scale))
-    )
-    out, moved = torch.zeros(2, num_rows, num_heads, HEAD_DIM, dtype=torch.float64)
+    keys, values = kept_values(k_pages, k_scale), kept_values(v_pages, v_scale)
+    out, moved = torch.zeros(2, *q.shape, dtype=torch.float64)
     for sequence, row_of_position_0, position, length in tiles.tolist():
         end = min(length, (position // tokens + 1) * tokens)
         rows = slice(row_of_position_0 + position, row_of_position_0 + end)
-        pages = page_tables[sequence, : -(-end // PAGE_TOKENS)].long()
-        k, v = (kept[pages].transpose(1, 2).reshape(-1, num_kv_heads, HEAD_DIM)[:end] for kept in (keys, values))
-        query = q[rows].double().unflatten(1, (num_kv_heads, -1)) / math.sqrt(HEAD_DIM)
-        is_seen = torch.arange(end) <= torch.arange(position, end)[:, None]
-        scores = torch.einsum("tkgd,lkd->kgtl", query, k).where(is_seen, -math.inf)
-        weights = scores.softmax(dim=-1)
-        magnitude = torch.einsum("tkgd,lkd->kgtl", query.abs(), k.abs()).where(is_seen, 0.0).amax(dim=-1, keepdim=True)
-        lost = 2 * magnitude * HEAD_DIM * 2.0**-23 + weight_error + 2 * end * 2.0**-24
-        out[rows] = torch.einsum("kgtl,lkd->tkgd", weights, v).flatten(1, 2)
-        spread = weights * torch.expm1(lost) + is_seen * smallest_error
-        moved[rows] = torch.einsum("kgtl,lkd->tkgd", spread, v.abs()).flatten(1, 2)
-        moved[rows] += out[rows].abs() * (2 * end * 2.0**-24)
+        out[rows], moved[rows] = attended(
+            q[rows], keys, values, page_tables[sequence], position, weight_error, smallest_error
+        )
     return out.flatten(1), moved.flatten(1)
 
 
@@ -282,19 +259,10 @@ def bounds(inputs: Inputs, expected: dict[str, torch.Tensor]) -> dict[str, torch
     """What scores, weights and sums lose, and half a unit of the output format where the value then is."""
     names = ("q", "k_pages", "v_pages", "k_scale", "v_scale", "page_tables", "tiles")
     y, moved = _attended(*(inputs[name] for name in names))
-    if inputs["static_scale"] is not None:
-        return {"out": _moved_code_bounds(expected["out"], moved / inputs["static_scale"].double())}
-    moved = moved + (y.abs() + moved) * 2.0**-8
     if inputs["scale"] is None:
-        return {"out": moved}
-    of_scale = moved.amax(dim=1) / 448.0 + expected["scale"] * 2.0**-22
-    relative = (of_scale / expected["scale"])[:, None]
-    of_codes = moved / expected["scale"][:, None] + expected["out"].abs() * relative
-    return {"unscaled": moved, "scale": of_scale, "out": _moved_code_bounds(expected["out"], of_codes)}
-
-
-def _moved_code_bounds(codes: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
-    return code_bounds(codes.abs() + moved, 2.0**-22) + moved
+        return output_bounds(inputs, expected, moved)
+    of_unscaled = moved + (y.abs() + moved) * 2.0**-8
+    return output_bounds(inputs, expected, of_unscaled) | {"unscaled": of_unscaled}
 
 
 _NEMO = {"H": 32, "K": 8}
