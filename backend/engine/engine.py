@@ -100,8 +100,12 @@ class Engine:
     def _start_guide_threads(self) -> None:
         """All at once, before anything is served: one that was started later, without memory for it, would hang the loop."""
         started = threading.Barrier(_NUM_GUIDE_THREADS)
-        for _ in range(_NUM_GUIDE_THREADS):
-            self._guide_threads.submit(started.wait)
+        try:
+            for _ in range(_NUM_GUIDE_THREADS):
+                self._guide_threads.submit(started.wait)
+        except BaseException:  # those that wait for the others must not wait for ever
+            started.abort()
+            raise
 
     def _run(self) -> None:
         in_flight: Launched | None = None

@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -125,11 +126,12 @@ def report_life(engine: Engine, outbox: Outbox) -> None:
 
 
 def keep_what_is_loaded() -> None:
-    """Take what start-up made out of the garbage collector's sight: it stays, and there is ten times more of it than of requests.
+    """Take what start-up left out of the garbage collector's sight: it stays, and there is ten times more of it than of requests.
 
     The collection after that makes the collector count anew. Otherwise it waits for as much new garbage as a quarter of that, and
     memory grows for tens of thousands of requests.
     """
+    gc.collect()
     gc.freeze()
     gc.collect()
 
@@ -174,6 +176,8 @@ if __name__ == "__main__":
     status = 1
     try:
         status = main(int(sys.argv[1]))
-        sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stderr.flush()
         os._exit(status)  # threads of torch and of the reader have nothing left to say

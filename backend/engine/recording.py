@@ -157,7 +157,8 @@ class RecordingScheduler(Scheduler):
     def plan(self, now_ns: int) -> StepPlan | None:
         """Plan, and write down what came."""
         plan = super().plan(now_ns)
-        self._write(Planned(now_ns, digest_of(plan)))
+        if self._file is not None:
+            self._write(Planned(now_ns, digest_of(plan)))
         return plan
 
     def masks(self, plan: StepPlan) -> dict[int, Mask]:

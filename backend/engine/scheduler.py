@@ -129,11 +129,11 @@ class Scheduler:
         return [] if group is None else [self._fail(group, kind, message)]
 
     def note_sent(self, counts: Mapping[int, int]) -> None:
-        """Take over how many ids of which requests have been sent to their clients; those that have ended do not matter."""
+        """Take over how many generated ids of which requests have been sent; those that have ended do not matter."""
         for handle, count in counts.items():
             group = self._groups.get(handle)
             if group is not None:
-                group.num_unsent = max(0, group.num_unsent - count)  # an echo was sent, and is none of these
+                group.num_unsent -= count
 
     def abort(self, handle: int) -> list[Event]:
         """Take a request back; a handle that is unknown or finished is no error (the two cross on the way)."""
@@ -175,13 +175,7 @@ class Scheduler:
         self._admit_waiting(now_ns)
         decodes: list[PlanRow] = []
         prefills: list[PlanRow] = []
-        decode = Phase.DECODE
-        is_decoding = [
-            sequence.phase is decode
-            and sequence.num_draws_left > 0
-            and sequence.group.num_unsent < sequence.group.most_unsent
-            for sequence in self._running
-        ]
+        is_decoding = [sequence.can_decode for sequence in self._running]
         budget = self.limits.max_step_tokens - sum(is_decoding)
         for position, sequence in enumerate(self._running):
             if is_decoding[position]:
@@ -436,4 +430,4 @@ def _num_wanted_tokens(sequence: Sequence) -> int:
     """Tokens a sequence would run if a step had no bound."""
     if sequence.phase is Phase.PREFILL:
         return sequence.num_prompt_tokens - sequence.num_planned_tokens
-    return sequence.phase is Phase.DECODE and sequence.num_draws_left > 0
+    return sequence.can_decode

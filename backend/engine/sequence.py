@@ -91,6 +91,12 @@ class Sequence:
         return len(self.output_ids)
 
     @property
+    def can_decode(self) -> bool:
+        """Whether the next step may draw for it: `max_tokens` leaves room, and the stream is not far ahead of its client."""
+        group = self.group
+        return self.phase is Phase.DECODE and self.num_draws_left > 0 and group.num_unsent < group.most_unsent
+
+    @property
     def num_draws_in_flight(self) -> int:
         """Output ids that steps in flight will give, forced ones included."""
         return self.request.max_tokens - self.num_draws_left - len(self.output_ids)

@@ -20,7 +20,7 @@ MOST_CHUNKS = 32
 """Enough to keep postprocessing busy for about 20 ms."""
 _LOST_AFTER_S = 1.0
 _MOST_PLAUSIBLE = 2**16
-"""Anything beyond comes from a chunk that a client sent to postprocessing by hand; it says nothing."""
+"""Anything beyond says nothing: clients may send chunks to postprocessing by hand, and what answers `stop` has no number."""
 _FILE = "last_chunk_seen"
 _NUMBER = struct.Struct("=i")
 _MODULUS = 2**31
@@ -45,8 +45,8 @@ class SeenChunks:
         self._memory = _map_file()
 
     def note(self, number: int) -> None:
-        """The chunk with this number has arrived."""
-        if self._memory is not None:
+        """The chunk with this number has arrived; only a number that comes soon behind the last one counts."""
+        if self._memory is not None and 0 < (number - _last_seen(self._memory)) % _MODULUS < _MOST_PLAUSIBLE:
             _NUMBER.pack_into(self._memory, 0, number)
 
 
@@ -55,7 +55,7 @@ class ChunkWindow:
 
     def __init__(self) -> None:
         self._memory = _map_file()
-        self._seen = self._sent = self._last_seen()
+        self._seen = self._sent = 0 if self._memory is None else _last_seen(self._memory)
         self._seen_at_s = 0.0
 
     def next_number(self) -> int:
@@ -67,7 +67,7 @@ class ChunkWindow:
         """Whether to wait. Chunks that do not arrive for a second are given up: they were dropped, or postprocessing is gone."""
         if self._memory is None:
             return False
-        seen = self._last_seen()
+        seen = _last_seen(self._memory)
         is_full = MOST_CHUNKS <= (self._sent - seen) % _MODULUS < _MOST_PLAUSIBLE
         if seen != self._seen or not is_full:
             self._seen, self._seen_at_s = seen, now_s
@@ -76,6 +76,7 @@ class ChunkWindow:
             return False
         return is_full
 
-    def _last_seen(self) -> int:
-        number: int = 0 if self._memory is None else _NUMBER.unpack_from(self._memory, 0)[0]
-        return number
+
+def _last_seen(memory: mmap.mmap) -> int:
+    number: int = _NUMBER.unpack_from(memory, 0)[0]
+    return number

@@ -49,7 +49,8 @@ class MistralNemo:
         announce("mistral_nemo")
         self._metrics = Metrics()
         self._engine = EngineProcess(self._settings, self._on_step, self._on_death)
-        self._responder = Responder(self._abort, self._note_sent, self._metrics.observe_response, self._metrics.publish)
+        report_sent = self._note_sent if self._settings.max_unsent_tokens else None
+        self._responder = Responder(self._abort, report_sent, self._metrics.observe_response, self._metrics.publish)
         self._bounds = self._engine.start(LoadingLog())
         self._metrics.set_bounds(self._bounds.max_num_seqs, self._bounds.num_pages)
         self._metrics.set_num_restarts(num_restarts())

@@ -62,6 +62,7 @@ class Stream:
         self.has_sent = False
         self.is_due = False
         self.failure: NemoError | None = None
+        self._echoed: set[int] = set()
         self._cumulated: dict[int, float] = {}
 
     def response(self, pending: JoinedEvent, window: ChunkWindow) -> Any:
@@ -70,6 +71,12 @@ class Stream:
         number = window.next_number() if "stream_chunk" in self.requested_outputs else 0
         made = make_outputs(pending, request.handle, request.num_return_sequences, self.requested_outputs, number)
         return tensors.response(made + self._log_prob_tensors(pending))
+
+    def num_generated(self, pending: JoinedEvent) -> int:
+        """Ids of `pending`, which is sent now, that are no echo; that stands before the first ones of each sequence."""
+        is_echo = self.request.echo and bool(pending.token_ids) and pending.sequence_index not in self._echoed
+        self._echoed |= {pending.sequence_index} if is_echo else set()
+        return len(pending.token_ids) - (len(self.request.prompt_token_ids) if is_echo else 0)
 
     def _log_prob_tensors(self, pending: JoinedEvent) -> list[Any]:
         made = []
@@ -142,14 +149,14 @@ def _finish_tensors(finish: Finish) -> list[Any]:
 class Responder:
     """Owns the streams.
 
-    `abort` takes a handle back at the engine, `report_sent` is told how many ids of which streams were sent, by handle,
-    `on_response` the number of tokens of each response, and `on_tick` runs about twenty times a second.
+    `abort` takes a handle back at the engine, `report_sent` (None: nobody asks) is told how many generated ids of which streams
+    were sent, by handle, `on_response` the number of tokens of each response, and `on_tick` runs about twenty times a second.
     """
 
     def __init__(
         self,
         abort: Callable[[int], None],
-        report_sent: Callable[[dict[int, int]], None],
+        report_sent: Callable[[dict[int, int]], None] | None,
         on_response: Callable[[int], None],
         on_tick: Callable[[], None],
     ) -> None:
@@ -214,13 +221,17 @@ class Responder:
         while True:
             with self._changed:
                 stream = self._next_stream(ticked_s + _TICK_S)
-                if stream is None and self._is_closing:
+                if stream is None and self._is_closing and not self._turns:
                     return
                 taken = self._take(stream) if stream is not None else []
             if stream is not None:
                 self._send(stream, taken)
             now_s = time.monotonic()
-            if self._sent and (not self._turns or now_s >= reported_s + _REPORT_PERIOD_S):
+            if (
+                self._report_sent is not None
+                and self._sent
+                and (not self._turns or now_s >= reported_s + _REPORT_PERIOD_S)
+            ):
                 reported_s = now_s
                 self._report_sent(dict(self._sent))
                 self._sent.clear()
@@ -229,7 +240,7 @@ class Responder:
                 self._tick()
 
     def _next_stream(self, next_tick_s: float) -> Stream | None:
-        """Whose turn it is; waits for that until the next tick. When closing, everybody's, and None when all was sent."""
+        """Whose turn it is, or None after a wait until something changed or the next tick; when closing, nobody waits."""
         now_s = time.monotonic()
         is_full = self._window.is_full(now_s) and not self._is_closing
         stream = None if is_full else self._turns.pop()
@@ -238,6 +249,7 @@ class Responder:
         return stream
 
     def _take(self, stream: Stream) -> list[JoinedEvent]:
+        stream.has_sent = True
         taken = stream.pending.take(everything=stream.failure is not None)
         if stream.pending.has_more:
             self._turns.add(stream)  # behind the others
@@ -252,8 +264,8 @@ class Responder:
                 is_last = stream.num_unfinished == 0 and position == len(taken) - 1
                 stream.sender.send(stream.response(pending, self._window), flags=tensors.FINAL if is_last else 0)
                 self._on_response(len(pending.token_ids))
-                if stream.request.stream and not is_last:
-                    self._sent[stream.request.handle] += len(pending.token_ids)
+                if self._report_sent is not None and stream.request.stream and not is_last:
+                    self._sent[stream.request.handle] += stream.num_generated(pending)
                 if pending.finish is not None:
                     log_finish(stream.request.request_id, pending.finish)
             if stream.failure is not None and stream.num_unfinished > 0:
@@ -263,14 +275,17 @@ class Responder:
             log.exception("the response to request %r could not be sent", stream.request.request_id)
             self._abort(stream.request.handle)
         stream.last_sent_s = time.monotonic()
-        stream.has_sent = True
 
     def _tick(self) -> None:
         """Look after silent streams, then let the owner update its metrics."""
         now_s = time.monotonic()
         with self._changed:
             streams = list(self._streams.values())
-        silent = [stream for stream in streams if stream.needs_beats and now_s - stream.last_sent_s >= _BEAT_AFTER_S]
+            silent = [
+                stream
+                for stream in streams
+                if stream.needs_beats and not stream.is_due and now_s - stream.last_sent_s >= _BEAT_AFTER_S
+            ]
         silent.sort(key=lambda stream: stream.last_sent_s)
         for stream in silent[: int(_MAX_BEATS_PER_S * _TICK_S)]:
             stream.last_sent_s = now_s

@@ -207,22 +207,23 @@ class Trace:
             assert not self.is_ended(event.handle), "nothing comes behind the end of a request"
             if _is_deadline(event):
                 assert self._deadline_ns(event.handle) <= self.now_ns, "ended before its deadline"
-            self.events[event.handle].append(event)
             if isinstance(event, TokenEvent):
-                self.unsent[event.handle] += len(event.token_ids)
-                self._check_unsent(self.requests[event.handle])
+                request = self.requests[event.handle]
+                is_echo = request.echo and bool(event.token_ids) and not self.ids_of(event.handle, event.sequence_index)
+                self.unsent[event.handle] += len(event.token_ids) - (len(request.prompt_token_ids) if is_echo else 0)
+                self._check_unsent(request)
+            self.events[event.handle].append(event)
 
     def _somebody_pauses(self) -> bool:
         most = self.scheduler.limits.max_unsent_tokens
         return bool(most) and any(count >= most and not self.is_ended(handle) for handle, count in self.unsent.items())
 
     def _check_unsent(self, request: GenerationRequest) -> None:
-        """A stream is ahead by no more than the bound, the steps that were planned before it was reached, and its echo."""
+        """A stream is ahead by no more than the bound and the steps that were planned before it was reached."""
         most = self.scheduler.limits.max_unsent_tokens * request.num_return_sequences
         if most and request.stream and request.guide is None:
             slack = (self._num_steps_ahead + 1) * request.num_return_sequences
-            echo = len(request.prompt_token_ids) * request.num_return_sequences if request.echo else 0
-            assert self.unsent[request.handle] <= most + slack + echo, "the stream runs away from its client"
+            assert self.unsent[request.handle] <= most + slack, "the stream runs away from its client"
 
     def _check_plan(self, plan: StepPlan) -> None:
         limits = self.scheduler.limits

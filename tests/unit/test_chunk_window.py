@@ -62,23 +62,32 @@ def test_a_new_engine_goes_on_where_the_last_one_ended() -> None:
     assert len(fill(second, 1.0)) == MOST_CHUNKS
 
 
-def test_numbers_start_again_behind_the_largest() -> None:
-    window, seen = ChunkWindow(), SeenChunks()
-    seen.note(2**31 - 3)
+def test_numbers_start_again_behind_the_largest(run_dir: Path) -> None:
+    (run_dir / "last_chunk_seen").write_bytes((2**31 - 3).to_bytes(4, "little"))
     window = ChunkWindow()
     assert [window.next_number() for _ in range(4)] == [2**31 - 2, 2**31 - 1, 0, 1]
     assert not window.is_full(1.0)
     assert len(fill(window, 1.0)) == MOST_CHUNKS - 4
 
 
-@pytest.mark.parametrize("number", [5000, 2**30, 2**31 - 2**17])
-def test_a_number_that_was_never_sent_holds_nothing_up(number: int) -> None:
+@pytest.mark.parametrize("number", [0, 1, 2**30, 2**31 - 1])
+def test_a_number_that_cannot_be_the_next_changes_nothing(number: int) -> None:
+    """Made up by a client, or none at all."""
     window, seen = ChunkWindow(), SeenChunks()
     numbers = fill(window, 1.0)
+    seen.note(numbers[1])
+    assert len(fill(window, 1.0)) == 2
     seen.note(number)
-    assert not window.is_full(1.0)
-    seen.note(numbers[0])
+    assert window.is_full(1.0)
+    seen.note(numbers[2])
     assert len(fill(window, 1.0)) == 1
+
+
+def test_a_number_that_was_not_sent_yet_holds_nothing_up() -> None:
+    window, seen = ChunkWindow(), SeenChunks()
+    fill(window, 1.0)
+    seen.note(5000)
+    assert not window.is_full(1.0)
 
 
 def test_without_a_supervisor_there_is_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
