@@ -149,7 +149,7 @@ kernels:  ## Compile the CUDA kernels ahead (no GPU needed)
 test-gpu:  ## Everything that needs a Hopper GPU, with a short table last (LOGS=folder for the full logs)
 	$(GPU_PYTHON) -m tests.gpu $(if $(LOGS),--logs '$(LOGS)')
 
-bench-gpu:  ## Kernels and decode steps on a Hopper GPU, under 8 minutes; without one: at toy sizes on the emulator (JSON=file)
+bench-gpu:  ## Kernels, decode steps and prompts on a Hopper GPU, under 8 minutes; without one: at toy sizes on the emulator (JSON=file)
 	$(GPU_PYTHON) -m tests.bench.gpu $(if $(JSON),--json '$(JSON)')
 
 .venv/bin/python:

@@ -181,7 +181,8 @@ class Engine:
             self._inbox.put(lambda: self._scheduler.give_guide(request.handle, guide))
 
     def _drain_inbox(self, *, wait: bool) -> list[Event]:
-        """Carry out what has come; `wait` for the first order, or until a deadline of a request whose grammar is compiled."""
+        """Carry out what has come; `wait` for the first order, or until a deadline (of a
+        paused stream, or of a request whose grammar is being compiled)."""
         events: list[Event] = []
         while True:
             try:

@@ -82,8 +82,6 @@ class TorchRunner:
     chunks and prefix hits, where two logits are a rounding apart.
     """
 
-    caches_outputs = True
-
     def __init__(
         self,
         folder: Path,
@@ -118,6 +116,7 @@ class TorchRunner:
             device, weight_dtype, kv_dtype, head_dtype, self.config.quantization, arithmetic
         )
         is_tiled = self._placement.arithmetic.is_tiled
+        self.caches_outputs = is_tiled
         self._num_threads = num_threads or default_num_threads()
         torch.set_num_threads(self._num_threads)
         with torch.inference_mode():

@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("name", help="as checkpoint_parsers and request_parsers call it")
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder for files and what is found")
     parser.add_argument("--runs", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; 0: another one every time")
     arguments = parser.parse_args()
     tempfile.tempdir = str(arguments.folder)
     corpus = arguments.folder / "corpus"
@@ -45,7 +46,12 @@ def main() -> None:
             parser.error(f"there is no parser {arguments.name!r}")
         for number, sample in enumerate(found.samples):
             (corpus / str(number)).write_bytes(sample)
-        options = [f"-runs={arguments.runs}", f"-timeout={_TIMEOUT_S}", f"-rss_limit_mb={_MAX_MEMORY_MB}"]
+        options = [
+            f"-runs={arguments.runs}",
+            f"-seed={arguments.seed}",
+            f"-timeout={_TIMEOUT_S}",
+            f"-rss_limit_mb={_MAX_MEMORY_MB}",
+        ]
         options += [f"-artifact_prefix={arguments.folder}/", "-print_final_stats=1", f"-max_len={1 << 18}"]
         atheris.Setup([sys.argv[0], *options, os.fspath(corpus)], lambda content: refusal_of(found.parse, content))
         atheris.Fuzz()

@@ -46,8 +46,6 @@ def test_genai_perf_over_grpc(server: LiveServer, made: Tensors) -> None:
     assert answer.summary() == ask(server, text_input=PROMPT, max_tokens=values["max_tokens"]).summary()
     if "min_length" in values:
         assert len(answer.ids()) == 16
-    else:
-        assert len(answer.ids()) <= 256
     assert len(answer.replies) > 1 or "stream" not in values
 
 

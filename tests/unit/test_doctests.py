@@ -15,7 +15,8 @@ TREE = project_tree(Path(__file__).resolve().parents[2])
 WITH_EXAMPLES = [
     module_name(path)
     for path in TREE.python_files()
-    if path.startswith(("backend/", "client/", "kernels/", "tests/house/", "tests/bench/"))
+    if path.startswith(("backend/", "client/", "kernels/", "tests/"))
+    and path != "tests/unit/test_doctests.py"
     and ">>> " in TREE.text(path)
 ]
 

@@ -18,7 +18,7 @@ from kernels.launch import Device
 from kernels.prefill_attention import max_tiles, plan_tiles, prefill_attention
 
 SLICE_ROWS = 256
-"""Rows of one launch at most. Partial results take 4 (D + 2) H bytes for each chunk of a row: 2 MiB a row at 131,072 tokens."""
+"""Rows of one launch at most. Partial results take 4 (D + 2) H bytes for each chunk of a row: 1 MiB a row at 131,072 tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,9 @@ class StepShape:
 
 
 def shape_of(tokens: StepTokens, max_rows: int) -> StepShape:
-    """The smallest shape that holds a step."""
-    generated_width = width_for(tokens.num_generated, max_rows) if tokens.num_generated else 0
-    return StepShape(width_for(len(tokens.token_ids), max_rows), generated_width, bool(tokens.chunks))
+    """The smallest shape that holds a step. Generated rows by slices: a row that sees nothing costs little, a graph more."""
+    width = width_for(len(tokens.token_ids), max_rows)
+    return StepShape(width, min(width, num_slices(tokens.num_generated) * SLICE_ROWS), bool(tokens.chunks))
 
 
 def num_slices(num_rows: int) -> int:

@@ -124,7 +124,8 @@ class Drawer:
         for first in range(0, len(ids), PIECE_ROWS):
             piece = slice(first, first + PIECE_ROWS)
             its_ids = self._tensor(ids[piece])
-            logits = torch.empty(PIECE_ROWS, self._vocab_size, device=its_ids.device)
+            num_rows = width_for(len(its_ids), PIECE_ROWS)
+            logits = torch.empty(num_rows, self._vocab_size, device=its_ids.device)
             self._compute(hidden, places[piece], logits)
             pieces.append(TokenScores(self._device, logits[: len(its_ids)], its_ids, [num_top] * len(its_ids)))
         return pieces

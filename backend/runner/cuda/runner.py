@@ -203,7 +203,7 @@ class CudaRunner:
             "runner": "cuda",
             "device": str(self._device.torch_device),
             **describe_dtypes(self._format, self._kv_dtype, self.config.quantization),
-            "batch_invariant": "yes",
+            "batch_invariant": "yes, in the emulator; not yet run on hardware",
         }
 
     def close(self) -> None:
