@@ -10,15 +10,14 @@ Markdown table and writes results/ensemble.json beside this file.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench.conditions import PROJECT, conditions, write_results
+from tests.bench.conditions import conditions, write_results
+from tests.bench.load_report import client_load
 from tests.bench.tables import ensemble_table
 from tests.checkpoints import make_checkpoint
 from tests.triton.live_server import LiveServer
@@ -31,16 +30,7 @@ _SETTINGS: dict[str, Any] = {"runner": "fake", "kv_cache_tokens": str(2**20)}
 
 def measure(server: LiveServer, num_streams: int, seconds: float) -> dict[str, Any]:
     """One cell: `client.load`'s report after `seconds` with `num_streams` requests at a time; RuntimeError if one failed."""
-    command = [sys.executable, "-m", "client.load", "--json", "--quiet", "--url", server.grpc_url]
-    command += ["--streams", str(num_streams), "--requests", "1000000", "--max-seconds", str(seconds)]
-    command += ["--prompt-tokens", str(_PROMPT_TOKENS), "--max-tokens", str(_MAX_TOKENS)]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, timeout=seconds + 60, check=False)
-    if not done.stdout:
-        raise RuntimeError(done.stderr.decode())
-    report: dict[str, Any] = json.loads(done.stdout)
-    if report["errors"]:
-        raise RuntimeError(f"requests failed: {report['errors']}")
-    return report
+    return client_load(server.grpc_url, num_streams, seconds, _PROMPT_TOKENS, _MAX_TOKENS)
 
 
 def measure_all(streams: Sequence[int], seconds: float) -> list[dict[str, Any]]:

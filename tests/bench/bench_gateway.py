@@ -28,8 +28,8 @@ from client.gateway.tables import README
 from tests.bench.bench_ensemble import measure
 from tests.bench.conditions import conditions, write_results
 from tests.checkpoints import make_checkpoint
-from tests.gateway.conftest import MODEL, is_ready
-from tests.triton.live_server import LiveServer, wait_until
+from tests.gateway.conftest import MODEL
+from tests.triton.live_server import LiveServer
 from tests.triton.metrics import wait_until_idle
 
 BEGIN, END = "<!-- bench: begin (written by python -m tests.bench.bench_gateway) -->", "<!-- bench: end -->"
@@ -116,11 +116,11 @@ def measure_all(streams: Sequence[int], seconds: float, num_first: int) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         sizes: dict[str, Any] = {"num_layers": 1, "hidden_size": 64, "ffn_size": 96, "vocab_size": 4096}
         checkpoint = make_checkpoint(Path(folder, "checkpoint"), has_tekken=True, **sizes)
-        settings = {"runner": "fake", "kv_cache_tokens": str(2**20)}
-        server = LiveServer(checkpoint, Path(folder, "server"), has_gateway=True, **settings)  # type: ignore[arg-type]
+        settings: dict[str, Any] = {"runner": "fake", "kv_cache_tokens": str(2**20)}
+        server = LiveServer(checkpoint, Path(folder, "server"), has_gateway=True, **settings)
         try:
             server.start().wait_until_ready()
-            wait_until(lambda: is_ready(server), 30.0, server.log)
+            server.wait_until_gateway_ready()
             asyncio.run(first_tokens(server, 20))  # warm
             first = asyncio.run(first_tokens(server, num_first))
             cells = []

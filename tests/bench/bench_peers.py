@@ -28,6 +28,7 @@ from typing import Any
 
 from client import Client, GenerationParams
 from tests.bench.conditions import PROJECT, RESULTS, conditions, write_results
+from tests.bench.load_report import client_load, run_load
 from tests.bench.peers.export_weights import export_weights
 from tests.bench.peers.one_model_server import MODEL as ONE_MODEL
 from tests.bench.peers.one_model_server import OneModelServer
@@ -61,7 +62,7 @@ class Bench:
         """One that is not there yet; its path has no blanks, which Triton's Python backend does not bear."""
         return self.folder / f"{name}-{len(list(self.folder.iterdir()))}"
 
-    def settings(self, engine: str) -> dict[str, str]:
+    def settings(self, engine: str) -> dict[str, Any]:
         """Of our own engine."""
         num_tokens = max(self.streams) * (_PROMPT_TOKENS + _MAX_TOKENS + 64)
         settings = {"kv_cache_tokens": str(max(num_tokens, 8192)), "num_threads": str(_NUM_THREADS)}
@@ -74,19 +75,6 @@ class Bench:
                 raise RuntimeError(f"{way} answers {text!r} where {answer!r} is right")
 
 
-def run_load(command: Sequence[str], seconds: float) -> dict[str, Any]:
-    """The report that a load generator prints; RuntimeError when it, or a request, failed."""
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=PROJECT, capture_output=True, timeout=seconds + 120, check=False
-    )
-    if not done.stdout:
-        raise RuntimeError(done.stderr.decode())
-    report: dict[str, Any] = json.loads(done.stdout)
-    if report["errors"]:
-        raise RuntimeError(f"requests failed: {report['errors']}")
-    return report
-
-
 def grpc_cells(bench: Bench, way: str, engine: str, url: str, model: str, pids: Callable[[], list[int]]) -> Cells:
     """Cells of a model on a tritonserver, by `client.load`."""
     if engine != "free engine":
@@ -95,15 +83,15 @@ def grpc_cells(bench: Bench, way: str, engine: str, url: str, model: str, pids: 
             answers = (client.generate(params=params, prompt_token_ids=ids) for ids in bench.prompts)
             bench.check(way, ["".join(response.text for response in responses) for responses in answers])
     for num_streams in bench.streams:
-        command = ["client.load", "--json", "--quiet", "--url", url, "--model", model, "--streams", str(num_streams)]
-        command += ["--requests", "10000000", "--max-seconds", str(bench.seconds), "--seed", str(num_streams)]
-        command += ["--prompt-tokens", str(_PROMPT_TOKENS), "--max-tokens", str(_MAX_TOKENS)]
-        yield run_load(command, bench.seconds) | {"memory_mb": memory_mb(pids())}
+        load = client_load(
+            url, num_streams, bench.seconds, _PROMPT_TOKENS, _MAX_TOKENS, "--model", model, "--seed", num_streams
+        )
+        yield load | {"memory_mb": memory_mb(pids())}
 
 
 def ensemble(bench: Bench, way: str, engine: str, **settings: str) -> Cells:
     """Our ensemble."""
-    server = LiveServer(CHECKPOINT, bench.new_folder("ensemble"), **(bench.settings(engine) | settings))  # type: ignore[arg-type]
+    server = LiveServer(CHECKPOINT, bench.new_folder("ensemble"), **(bench.settings(engine) | settings))
     try:
         server.start().wait_until_ready()
         yield from grpc_cells(bench, way, engine, server.grpc_url, "ensemble", server.pids)
@@ -159,7 +147,7 @@ def llama_cpp(bench: Bench, way: str, engine: str) -> Cells:
         bench.check(way, [_llama_answer(url, ids) for ids in bench.prompts])
         for num_streams in bench.streams:
             arguments = (url, num_streams, bench.seconds, _PROMPT_TOKENS, _MAX_TOKENS)
-            report = run_load(["tests.bench.peers.http_load", *map(str, arguments)], bench.seconds)
+            report = run_load("tests.bench.peers.http_load", arguments, bench.seconds)
             yield report | {"memory_mb": memory_mb(process.pids())}
 
 

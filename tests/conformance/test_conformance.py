@@ -105,7 +105,7 @@ def test_every_metric_has_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
     fake = ModuleType("triton_python_backend_utils")
-    fake.MetricFamily = Family  # type: ignore[attr-defined]
+    vars(fake)["MetricFamily"] = Family
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake)
     monkeypatch.delitem(sys.modules, "backend.triton_adapter.metrics", raising=False)
     importlib.import_module("backend.triton_adapter.metrics").Metrics().publish_description({})

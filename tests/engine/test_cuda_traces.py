@@ -19,15 +19,15 @@ from backend.engine.scheduler import SchedulerLimits
 from backend.runner.cuda.runner import CudaRunner
 from backend.runner.torch_runner import TorchRunner
 from tests.checkpoints import make_checkpoint
-from tests.emulator import toolchain
 from tests.emulator.device import PLAIN, EmulatedDevice
+from tests.emulator.marks import needs_emulator
 from tests.engine.grammar import allowed_at, guide_spec
 from tests.engine.served import VOCAB_SIZE, Served
 from tests.engine.trace import Add, Order
 from tests.unit.runner.driver import Script
 from tests.unit.runner.rounding import logits_and_bound
 
-pytestmark = pytest.mark.skipif(bool(toolchain.why_unavailable()), reason=str(toolchain.why_unavailable()))
+pytestmark = needs_emulator
 # Two layers: what the first one's attention gives decides what the second one keeps in its pages.
 SIZES: dict[str, Any] = {
     "hidden_size": 128, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "ffn_size": 128, "num_layers": 2, "vocab_size": 512,

@@ -66,6 +66,9 @@ class Recorder:
         with self._changed:
             assert self._changed.wait_for(condition, TIMEOUT_S), "the engine did not get there"
 
+    def wait_for_more(self, handle: int, num_before: int) -> None:
+        self.wait_for(lambda: len(self.of(handle)) > num_before)
+
     def of(self, handle: int) -> list[Event]:
         return [event for event in self.events if event.handle == handle]
 

@@ -26,7 +26,7 @@ def test_a_stream_that_is_far_ahead_of_its_client_pauses_without_turning_and_goe
         while not recorder.is_ended(1):
             num_before = len(recorder.of(1))
             engine.note_sent({1: num_before, 99: 5})
-            recorder.wait_for(lambda n=num_before: len(recorder.of(1)) > n)  # type: ignore[misc]
+            recorder.wait_for_more(1, num_before)
     ids = [i for event in recorder.of(1) if isinstance(event, TokenEvent) for i in event.token_ids]
     assert ids == [runner.token_at(1, position) for position in range(num_tokens)]
 

@@ -33,7 +33,7 @@ from tests.evaluation.long_context import (
 )
 from tests.evaluation.published import DEMO_TASKS, TASKS
 from tests.evaluation.report import report
-from tests.triton.live_server import LiveServer, http_get, wait_until
+from tests.triton.live_server import LiveServer
 
 DEMO = PROJECT / "tests" / "demo" / "checkpoint"
 MODEL = "mistral-nemo"
@@ -95,7 +95,7 @@ def measure(precision: str, options: argparse.Namespace, folder: Path) -> dict[s
     run: dict[str, Any] = {"precision": precision}
     try:
         server.start().wait_until_ready(_READY_TIMEOUT_S)
-        wait_until(lambda: http_get(server.openai_port, "/v1/health/ready")[0] == 200, 60.0, server.log)
+        server.wait_until_gateway_ready()
         run["scores"] = lm_eval(options.lm_eval_python, server, options, folder / "lm_eval")
         with Client(server.grpc_url) as client:
             if "needle" in options.tasks:

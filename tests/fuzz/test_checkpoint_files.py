@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
 
 from backend.checkpoint.vocabulary import read_vocabulary
 from tests.checkpoints import make_checkpoint
-from tests.fuzz.cases import cases
+from tests.fuzz.cases import cases, check_damaged
 from tests.fuzz.checkpoint_parsers import SIZES, checkpoint_parsers, load
-from tests.fuzz.parser import Case, Parser
+from tests.fuzz.parser import Parser
 from tests.fuzz.watch import nothing_left_open, refusal_of
 
 FILES = (
@@ -39,20 +38,7 @@ def test_undamaged_files_are_taken(parsers: dict[str, Parser], name: str) -> Non
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", FILES)
 def test_damaged_files_are_taken_or_refused(parsers: dict[str, Parser], name: str) -> None:
-    parser = parsers[name]
-    taken = refused = 0
-
-    @cases(small=20, full=1000)
-    @given(parser.damaged())
-    def run(case: Case) -> None:
-        nonlocal taken, refused
-        is_refused = refusal_of(parser.parse, case.content) is not None
-        taken, refused = taken + (not is_refused), refused + is_refused
-
-    with nothing_left_open():
-        run()
-    print(f"{name}: {refused} refused, {taken} taken")
-    assert refused
+    check_damaged(name, parsers[name], cases(small=20, full=1000))
 
 
 def replace_by_itself(path: Path) -> None:

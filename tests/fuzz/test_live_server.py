@@ -20,7 +20,7 @@ from tests.fuzz.parser import Case
 from tests.fuzz.request_parsers import MESSAGES, TOOLS, WHOLE
 from tests.fuzz.watch import keep_case
 from tests.triton.calls import ask
-from tests.triton.live_server import LiveServer, http_get, wait_until
+from tests.triton.live_server import LiveServer, wait_until
 from tests.triton.metrics import read_metrics, wait_until_idle
 from tests.triton.soak import SIZES
 from tests.triton.soak_call import Spoken
@@ -88,7 +88,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     live = LiveServer(checkpoint, folder / "server", has_gateway=True, max_model_len="160", default_max_tokens="8")
     try:
         live.start().wait_until_ready()
-        wait_until(lambda: http_get(live.openai_port, "/v1/health/ready")[0] == 200, 30.0, live.log)
+        live.wait_until_gateway_ready()
         yield live
         live.stop()
     finally:

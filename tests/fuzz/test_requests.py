@@ -6,12 +6,11 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
 
-from tests.fuzz.cases import cases
-from tests.fuzz.parser import Case, Parser
+from tests.fuzz.cases import cases, check_damaged
+from tests.fuzz.parser import Parser
 from tests.fuzz.request_parsers import CHUNK, PLACES, request_parsers
-from tests.fuzz.watch import nothing_left_open, refusal_of
+from tests.fuzz.watch import refusal_of
 
 CHEAP = ("messages", "tools", "ensemble", "mistral_nemo", "postprocessing")
 GUIDES = ("guide json_schema", "guide regex", "guide choice", "guide ebnf_grammar")
@@ -34,20 +33,7 @@ def test_undamaged_inputs_are_taken(parsers: dict[str, Parser], name: str) -> No
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CHEAP + GUIDES + OPERATORS)
 def test_damaged_inputs_are_taken_or_refused(parsers: dict[str, Parser], name: str) -> None:
-    parser = parsers[name]
-    taken = refused = 0
-
-    @cases(small=6 if name in GUIDES else 25, full=400 if name in GUIDES else 1500)
-    @given(parser.damaged())
-    def run(case: Case) -> None:
-        nonlocal taken, refused
-        is_refused = refusal_of(parser.parse, case.content) is not None
-        taken, refused = taken + (not is_refused), refused + is_refused
-
-    with nothing_left_open():
-        run()
-    print(f"{name}: {refused} refused, {taken} taken")
-    assert refused
+    check_damaged(name, parsers[name], cases(small=6, full=400) if name in GUIDES else cases(small=25, full=1500))
 
 
 # What a client that calls postprocessing by hand may send in the place of the engine.

@@ -9,8 +9,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from backend.checkpoint.vocabulary import Vocabulary
 
 
-def tokenizer_json_of(vocabulary: Vocabulary) -> str:
-    """The file's text: byte-level BPE, with every split of every token as a merge, in the order of ids."""
+def ids_and_merges(vocabulary: Vocabulary) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Byte-level BPE: the ids of tokens as text, and every split of every token as a merge, in the order of ids."""
     alphabet = bytes_to_unicode()
     texts = ["".join(alphabet[byte] for byte in token) for token in vocabulary.token_bytes]
     ids = {text: token_id for token_id, text in enumerate(texts) if text}
@@ -20,6 +20,12 @@ def tokenizer_json_of(vocabulary: Vocabulary) -> str:
         for cut in range(1, len(text))
         if text[:cut] in ids and text[cut:] in ids
     ]
+    return ids, merges
+
+
+def tokenizer_json_of(vocabulary: Vocabulary) -> str:
+    """The file's text."""
+    ids, merges = ids_and_merges(vocabulary)
     split = {"type": "Split", "pattern": {"Regex": vocabulary.pattern}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return json.dumps(

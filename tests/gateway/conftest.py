@@ -9,24 +9,16 @@ from typing import Any
 import openai
 import pytest
 
-from tests.triton.live_server import PROJECT, LiveServer, http_get, wait_until
+from tests.triton.live_server import PROJECT, LiveServer
 
 DEMO = PROJECT / "tests" / "demo" / "checkpoint"
 MODEL = "mistral-nemo"
 
 
-def is_ready(server: LiveServer) -> bool:
-    """What a readiness probe of the gateway sees."""
-    try:
-        return http_get(server.openai_port, "/v1/health/ready")[0] == 200
-    except OSError:
-        return False
-
-
 def start(folder: Path, **settings: Any) -> LiveServer:
     """A server with a gateway that serves."""
     server = LiveServer(DEMO, folder, has_gateway=True, **settings).start().wait_until_ready()
-    wait_until(lambda: is_ready(server), 30.0, server.log)
+    server.wait_until_gateway_ready()
     return server
 
 

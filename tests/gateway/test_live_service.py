@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from client.gateway.tool_calls import TOOL_CALLS_ID
-from tests.gateway.conftest import DEMO, MODEL, is_ready, start
+from tests.gateway.conftest import DEMO, MODEL, start
 from tests.gateway.test_openai_package import ANSWER, CHAT
 from tests.triton.live_server import LiveServer, all_pids, command_line, http_get, kill, wait_until
 from tests.triton.metrics import read_metrics, wait_for_metric, wait_until_idle
@@ -155,16 +155,16 @@ def test_loading_restarts_and_drain(tmp_path: Path) -> None:
     try:
         wait_until(lambda: _status(server, "/v1/health/live") == 200, 60.0, server.log)
         assert _status(server, "/v1/health/ready") == 503
-        wait_until(lambda: is_ready(server), 90.0, server.log)
+        wait_until(server.is_gateway_ready, 90.0, server.log)
 
         (gateway,) = _gateways(server)
         kill(gateway, signal.SIGKILL)
         wait_until(lambda: [pid for pid in _gateways(server) if pid != gateway], 10.0, server.log)
-        wait_until(lambda: is_ready(server), 30.0, server.log)
+        wait_until(server.is_gateway_ready, 30.0, server.log)
 
         kill(server.pid_of("engine"), signal.SIGKILL)
-        wait_until(lambda: not is_ready(server), 10.0, server.log)
-        wait_until(lambda: is_ready(server), 60.0, server.log)
+        wait_until(lambda: not server.is_gateway_ready(), 10.0, server.log)
+        wait_until(server.is_gateway_ready, 60.0, server.log)
 
         url = f"http://127.0.0.1:{server.openai_port}/v1/chat/completions"
         long = LONG | {"max_tokens": 600, "stream": True}
@@ -172,7 +172,7 @@ def test_loading_restarts_and_drain(tmp_path: Path) -> None:
             lines = response.iter_lines()
             next(lines)
             server.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: not is_ready(server), 5.0, server.log)
+            wait_until(lambda: not server.is_gateway_ready(), 5.0, server.log)
             assert server.is_ready(), "the server goes on until the gateway's answers are over"
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"

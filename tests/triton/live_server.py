@@ -73,6 +73,17 @@ class LiveServer:
             )
         return self
 
+    def is_gateway_ready(self) -> bool:
+        """What a readiness probe of the gateway sees."""
+        try:
+            return http_get(self.openai_port, "/v1/health/ready")[0] == 200
+        except OSError:
+            return False
+
+    def wait_until_gateway_ready(self, timeout_s: float = 60.0) -> None:
+        """Wait for the gateway, which becomes ready after the server."""
+        wait_until(self.is_gateway_ready, timeout_s, self.log)
+
     def wait_until_ready(self, timeout_s: float = READY_TIMEOUT_S) -> LiveServer:
         """Return once the ensemble serves."""
 

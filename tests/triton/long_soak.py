@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.triton.live_server import LiveServer, http_get, wait_until
+from tests.triton.live_server import LiveServer
 from tests.triton.soak_call import Call, Truth
 from tests.triton.soak_run import SoakReport, make_truths, soak
 from tests.triton.usage import QUANTITIES, History, UsageSampler
@@ -76,7 +76,7 @@ def long_soak(checkpoint: Path, folder: Path, seed: int, at_once: int, seconds: 
     server = LiveServer(checkpoint, folder / "long", has_gateway=True, **SETTINGS)
     try:
         server.start().wait_until_ready()
-        wait_until(lambda: http_get(server.openai_port, "/v1/health/ready")[0] == 200, 30.0, server.log)
+        server.wait_until_gateway_ready()
         truths = make_truths(server, seed, NUM_TRUTHS, progress=True)
         print(f"soak for {seconds:.0f} s: {SETTINGS}", file=sys.stderr, flush=True)
         load = _GatewayLoad(server)

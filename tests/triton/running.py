@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
+
+import pytest
 
 from tests.triton.calls import Answer, answer_from_events, ask, post, reply_from_json
 from tests.triton.live_server import LiveServer
@@ -13,6 +16,7 @@ from tests.triton.metrics import wait_for_metric
 
 PROMPT: dict[str, Any] = {"prompt_token_ids": [1, 1500, 2600]}
 NUM_KINDS = 5
+only_in_make_faults = pytest.mark.skipif(os.environ.get("FAULTS") != "all", reason="takes long; runs in `make faults`")
 
 
 def request_of(index: int, max_tokens: int) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def public(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     server = LiveServer(checkpoint, tmp_path_factory.mktemp("public") / "server", has_gateway=True)
     try:
         server.start().wait_until_ready()
-        wait_until(lambda: gateway_is_ready(server), 60.0, server.log)
+        server.wait_until_gateway_ready()
         yield server
         with ExitStack() as stack:
             for port in ports(server):
@@ -45,13 +45,6 @@ def public(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             server.stop()
     finally:
         server.kill_everything()
-
-
-def gateway_is_ready(server: LiveServer) -> bool:
-    try:
-        return http_get(server.openai_port, "/v1/health/ready")[0] == 200
-    except OSError:
-        return False
 
 
 def ports(server: LiveServer) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import time
@@ -18,10 +17,9 @@ from tritonclient.utils import InferenceServerException
 from tests.triton.calls import ask
 from tests.triton.live_server import LiveServer, kill, wait_until
 from tests.triton.metrics import read_metrics, wait_until_idle
-from tests.triton.running import NUM_KINDS, answer, running
+from tests.triton.running import NUM_KINDS, answer, only_in_make_faults, running
 
 ANSWERED_TIMEOUT_S = 60.0
-slow = pytest.mark.skipif(os.environ.get("FAULTS") != "all", reason="runs in `make faults`")
 RESTARTS = "nemo_engine_restarts_total"
 SCORES: dict[str, Any] = {
     "prompt_token_ids": [1 + n % 4000 for n in range(4000)],
@@ -97,7 +95,7 @@ def test_an_engine_that_stops_for_a_while_goes_on(sturdy: LiveServer) -> None:
     assert read_metrics(sturdy)[RESTARTS] == restarts
 
 
-@slow
+@only_in_make_faults
 def test_an_engine_that_stops_for_good_is_replaced(sturdy: LiveServer, expected: list[list[int]]) -> None:
     """What it worked on is answered with an error, and the server serves again."""
     engine, restarts = sturdy.pid_of("engine"), read_metrics(sturdy)[RESTARTS]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import wait
@@ -13,10 +12,10 @@ import pytest
 
 from tests.triton.live_server import STUBS, LiveServer, command_line, wait_until
 from tests.triton.metrics import wait_until_idle
-from tests.triton.running import NUM_KINDS, answer, running
+from tests.triton.running import NUM_KINDS, answer, only_in_make_faults, running
 
 LOAD_TIMEOUT_S = 90.0
-pytestmark = pytest.mark.skipif(os.environ.get("FAULTS") != "all", reason="runs in `make faults`")
+pytestmark = only_in_make_faults
 
 
 @pytest.fixture(scope="module")

@@ -26,17 +26,15 @@ from tests.bench.gpu.models import FP8, NEMO
 from tests.bench.gpu.peers import decode_attention_peers, linear_peers, usable_peers
 from tests.bench.gpu.prefill_peers import prefill_attention_peers
 from tests.bench.gpu.timeline import Span, named_by_launches
-from tests.emulator import toolchain
 from tests.emulator.device import PLAIN, EmulatedDevice
-
-emulated = pytest.mark.skipif(bool(toolchain.why_unavailable()), reason=str(toolchain.why_unavailable()))
+from tests.emulator.marks import needs_emulator
 
 
 def run(*arguments: str) -> int:
     return command.main(arguments)
 
 
-@emulated
+@needs_emulator
 def test_the_whole_command_at_toy_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "emulated.json"
     assert run("--emulated", "--json", str(file)) == 0
@@ -65,7 +63,7 @@ def test_the_emulator_writes_nothing_among_the_results(capsys: pytest.CaptureFix
     assert "the emulator gives none" in capsys.readouterr().err
 
 
-@emulated
+@needs_emulator
 def test_when_the_time_is_over_nothing_new_begins(tmp_path: Path) -> None:
     file = tmp_path / "emulated.json"
     assert run("--emulated", "--json", str(file), "--seconds", "0") == 0
@@ -130,7 +128,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         assert len(build.call_args.args[0]) > 30
 
 
-@emulated
+@needs_emulator
 def test_what_runs_on_a_gpu_runs_with_stand_ins(fake_gpu: None, tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     before = FakeEvent.num_recorded
@@ -144,7 +142,7 @@ def test_what_runs_on_a_gpu_runs_with_stand_ins(fake_gpu: None, tmp_path: Path) 
     assert {entry["median_us"] for entry in results["kernels"]} == {1000.0}
 
 
-@emulated
+@needs_emulator
 def test_a_peer_becomes_a_graph_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.bench.gpu.kernel_timings import replayed
 
@@ -244,7 +242,7 @@ def cutlass_scaled_mm(
     return ((a.float() @ b.float()) * scale_a.view(-1, 1) * scale_b.view(1, -1)).to(out_dtype)
 
 
-@emulated
+@needs_emulator
 @pytest.mark.parametrize("options", [{}, {"fp8": True, "output": 1}])
 def test_peers_get_what_they_ask_for(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     """Those that are not installed here, by stand-ins with their signatures and layouts."""
@@ -338,7 +336,7 @@ def causal_flash_attn_with_kvcache(
     return torch.stack([attend_causally(*of_chunk) for of_chunk in zip(q, k, v, strict=True)])
 
 
-@emulated
+@needs_emulator
 @pytest.mark.parametrize(
     "options",
     [{"chunks": ((0, 40), (0, 40))}, {"chunks": ((60, 10), (60, 10), (60, 10)), "fp8": True, "output": 1}],

@@ -51,7 +51,7 @@ class MetricFamily:
 def metrics(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The module, over a Triton that only counts."""
     fake = ModuleType("triton_python_backend_utils")
-    fake.MetricFamily = MetricFamily  # type: ignore[attr-defined]
+    vars(fake)["MetricFamily"] = MetricFamily
     MetricFamily.made = defaultdict(dict)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake)
     monkeypatch.delitem(sys.modules, "backend.triton_adapter.metrics", raising=False)

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
 from backend.checkpoint.vocabulary import V3_SPECIAL_TOKENS, Vocabulary, read_vocabulary
 from backend.errors import ConfigError
 from backend.text.tokenizer import Tokenizer
+from tests.fuzz.tokenizer_file import ids_and_merges
 from tests.unit.text.samples import TEXTS
 
 NEMO_TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240718.json"
@@ -57,15 +57,7 @@ def cut(cut_folder: Path) -> Vocabulary:
 @pytest.fixture(scope="module")
 def hugging_face(cut: Vocabulary) -> HuggingFaceTokenizer:
     """The same vocabulary as a Hugging Face tokenizer, its merges derived from the ranks."""
-    alphabet = bytes_to_unicode()
-    texts = ["".join(alphabet[byte] for byte in token) for token in cut.token_bytes]
-    ids = {text: token_id for token_id, text in enumerate(texts) if text}
-    merges = [
-        (text[:index], text[index:])
-        for text in ids
-        for index in range(1, len(text))
-        if text[:index] in ids and text[index:] in ids
-    ]
+    ids, merges = ids_and_merges(cut)
     names = {name: token_id for token_id, name in enumerate(cut.special_tokens)}
     made = HuggingFaceTokenizer(models.BPE(vocab=names | ids, merges=merges, ignore_merges=True))
     made.pre_tokenizer = pre_tokenizers.Sequence(

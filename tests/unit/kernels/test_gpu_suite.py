@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.emulator.toolchain import why_unavailable
+from tests.emulator.marks import needs_emulator
 from tests.gpu.__main__ import passed_ops, read_results, table
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,7 +30,7 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(why_unavailable() is not None, reason=why_unavailable() or "")
+@needs_emulator
 def test_its_tests_run_on_the_emulator(tmp_path: Path) -> None:
     chosen = "read_bandwidth or (launches and (overlap or graph)) or vector_access"
     finished = run_suite("--emulated", "--logs", str(tmp_path), "--", "-k", chosen)

@@ -21,13 +21,13 @@ from tests.checkpoints import make_checkpoint
 from tests.demo.conversation import EOS_ID, ChatTokens
 from tests.demo.evaluate import CHECKPOINT as DEMO
 from tests.demo.questions import Question, read_data
-from tests.emulator import toolchain
 from tests.emulator.device import PLAIN, EmulatedDevice
+from tests.emulator.marks import needs_emulator
 from tests.quantised_checkpoints import SCHEMES, quantise_checkpoint
 from tests.unit.runner.driver import Driver, Script, random_prompt
 from tests.unit.runner.rounding import Bound, logits_and_bound
 
-pytestmark = pytest.mark.skipif(bool(toolchain.why_unavailable()), reason=str(toolchain.why_unavailable()))
+pytestmark = needs_emulator
 SIZES: dict[str, Any] = {
     "hidden_size": 128, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "ffn_size": 128, "vocab_size": 512, "num_layers": 2,
 }  # fmt: skip

@@ -20,10 +20,10 @@ from backend.runner.cuda.step_tokens import lay_out
 from backend.runner.model_runner import ModelRunner
 from kernels.prefill_attention import Chunk
 from tests.checkpoints import TinyConfig, make_checkpoint, random_tensors, write_shards
-from tests.emulator import toolchain
 from tests.emulator.device import PLAIN, EmulatedDevice
+from tests.emulator.marks import needs_emulator
 
-pytestmark = pytest.mark.skipif(bool(toolchain.why_unavailable()), reason=str(toolchain.why_unavailable()))
+pytestmark = needs_emulator
 SIZES: dict[str, Any] = {
     "hidden_size": 128, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "ffn_size": 128, "vocab_size": 512, "num_layers": 1,
 }  # fmt: skip

@@ -125,9 +125,9 @@ def test_the_whole_model_in_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_it_says_what_it_computes(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path)
-    limits = {"num_pages": 4, "max_num_seqs": 1, "max_model_len": 64}
+    limits: dict[str, Any] = {"num_pages": 4, "max_num_seqs": 1, "max_model_len": 64}
     arithmetic = Arithmetic(is_tiled=False, has_scaled_mm=True)
-    described = TorchRunner(folder, device="cpu", arithmetic=arithmetic, **limits).describe()  # type: ignore[arg-type]
+    described = TorchRunner(folder, device="cpu", arithmetic=arithmetic, **limits).describe()
     assert (described["weight_dtype"], described["kv_dtype"]) == ("bf16", "bf16")
     assert described["attention"] == "scaled_dot_product_attention over gathered pages"
     assert described["fp8_products"] == "torch._scaled_mm"
