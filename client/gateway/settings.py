@@ -53,7 +53,7 @@ class GatewaySettings:
                 raise ValueError(f"{name}: must be in [{low}, {high}], got {value}")
         for name in ("triton", "triton_metrics"):
             if not re.fullmatch(r"[^\s/]+:\d+", getattr(self, name)):
-                raise ValueError(f"{name}: must be host:port, got {getattr(self, name)[:_SHOWN_CHARACTERS]!r}")
+                raise ValueError(f"{name}: must be host:port, got {_shown(getattr(self, name))}")
         if not self.model_names:
             raise ValueError("model_name: must have at least one name, got none")
         if bool(self.tls_cert) != bool(self.tls_key):
@@ -61,11 +61,9 @@ class GatewaySettings:
         for name in ("tls_cert", "tls_key", "api_keys_file"):
             path = getattr(self, name)
             if path and not Path(path).is_file():
-                raise ValueError(f"{name}: no file at {path[:_SHOWN_CHARACTERS]!r}")
+                raise ValueError(f"{name}: no file at {_shown(path)}")
         if self.log_level not in _LOG_LEVELS:
-            raise ValueError(
-                f"log_level: must be one of {', '.join(_LOG_LEVELS)}, got {self.log_level[:_SHOWN_CHARACTERS]!r}"
-            )
+            raise ValueError(f"log_level: must be one of {', '.join(_LOG_LEVELS)}, got {_shown(self.log_level)}")
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -118,11 +116,16 @@ def settings_table() -> str:
 def _parsed(variable: str, text: str, kind: type) -> Any:
     if kind is bool:
         if text.lower() not in ("true", "false", "1", "0"):
-            raise ValueError(f"{variable}: must be true or false, got {text[:_SHOWN_CHARACTERS]!r}")
+            raise ValueError(f"{variable}: must be true or false, got {_shown(text)}")
         return text.lower() in ("true", "1")
     try:
         return kind(text)
     except ValueError:
         raise ValueError(
-            f"{variable}: must be {'a whole number' if kind is int else 'a number'}, got {text[:_SHOWN_CHARACTERS]!r}"
+            f"{variable}: must be {'a whole number' if kind is int else 'a number'}, got {_shown(text)}"
         ) from None
+
+
+def _shown(text: str) -> str:
+    """A value as it is quoted in a refusal."""
+    return repr(text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}...")

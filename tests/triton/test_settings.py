@@ -10,6 +10,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests.triton.calls import ask, grpc_stream
 from tests.triton.conftest import StartServer
+from tests.triton.live_server import LiveServer
 from tests.triton.metrics import wait_for_metric, wait_until_idle
 
 
@@ -44,10 +45,18 @@ def test_settings_have_their_effect(start_server: StartServer, tmp_path: Path) -
         ):
             ask(own, prompt_token_ids=[1] * 8, max_tokens=1)
     wait_until_idle(own)
-    late = ask(own, prompt_token_ids=[1], max_tokens=2000, ignore_eos=True)
-    assert late.finish_reason() == "deadline"
-    assert len(late.ids()) < 2000
+    # On a machine so busy that no token comes in time, the deadline is an error.
+    assert ended_by(own) in ("deadline", "deadline_ms: nothing was generated within")
     own.stop()
     assert list(recordings.iterdir()), "an engine process writes what it was asked"
     lines = [json.loads(line) for line in own.log().splitlines()]
     assert {line["level"] for line in lines} <= {"warning", "error"}
+
+
+def ended_by(server: LiveServer) -> str:
+    """What ends a request that would take seconds: its finish reason, or the beginning of its error."""
+    try:
+        answer = ask(server, prompt_token_ids=[1], max_tokens=2000, ignore_eos=True)
+    except InferenceServerException as error:
+        return str(error.message())[: len("deadline_ms: nothing was generated within")]
+    return answer.finish_reason()
