@@ -31,7 +31,8 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the model named by NEMO_CHECKPOINT and start the threads."""
-        settings = Settings.load({})
+        # Triton does not say what it has sent, so a stream cannot wait for its client here: vLLM's backend has no such bound either.
+        settings = Settings.load({"max_unsent_tokens": "0"})
         self._token_bytes = read_vocabulary(Path(settings.checkpoint)).token_bytes
         self._handles = itertools.count(1)
         self._senders: dict[int, Any] = {}
