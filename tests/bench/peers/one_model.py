@@ -31,7 +31,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the model named by NEMO_CHECKPOINT and start the threads."""
-        # Triton does not say what it has sent, so a stream cannot wait for its client here: vLLM's backend has no such bound either.
+        # Nobody says here what was sent, so no stream may wait for its client; vLLM's backend has no such bound either.
         settings = Settings.load({"max_unsent_tokens": "0"})
         self._token_bytes = read_vocabulary(Path(settings.checkpoint)).token_bytes
         self._handles = itertools.count(1)
