@@ -31,7 +31,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the model named by NEMO_CHECKPOINT and start the threads."""
-        settings = Settings.load({})
+        settings = Settings.load({"max_unsent_tokens": "0"})  # nobody tells this engine what was sent
         self._token_bytes = read_vocabulary(Path(settings.checkpoint)).token_bytes
         self._handles = itertools.count(1)
         self._senders: dict[int, Any] = {}
