@@ -20,13 +20,13 @@ from backend.runner.model_runner import ModelRunner
 from backend.runner.placement import Placement, choose_placement
 from backend.runner.torch_runner import TorchRunner
 from backend.settings import Settings
+from kernels.program import COMPUTE_CAPABILITY
 
 Progress = Callable[[str, int, int], None]
 _MOST_CPU_TOKENS = 65_536
 _CPU_MEMORY_FRACTION = 0.8
 _CPU_STEP_TIMEOUT_S = 120.0
 _GPU_STEP_TIMEOUT_S = 8.0
-_HOPPER = (9, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +168,10 @@ def _reason(settings: Settings, placement: Placement) -> str:
     if placement.device.type == "cpu":
         return "no GPU was found"
     capability = torch.cuda.get_device_capability(placement.device)
-    if capability == _HOPPER:
+    if capability == COMPUTE_CAPABILITY:
         return "our own CUDA engine has not been run on hardware yet"
-    return f"our own CUDA engine is for compute capability 9.0 (Hopper), this GPU has {capability[0]}.{capability[1]}"
+    needed, found = (".".join(map(str, each)) for each in (COMPUTE_CAPABILITY, capability))
+    return f"our own CUDA engine is for compute capability {needed} (Hopper), this GPU has {found}"
 
 
 def available_host_bytes() -> int:

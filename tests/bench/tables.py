@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from tests.bench.conditions import PROJECT, RESULTS, read_results
 from tests.evaluation.report import report as evaluation_tables
+from tests.marked import with_table
 
 README = PROJECT / "README.md"
 _ENSEMBLE_COLUMNS = {
@@ -181,16 +181,13 @@ def section(name: str) -> str:
         f"{results['machine']}, load {results['load_average_before']} before; commit {results['commit']}; "
         f"`{results['command']}` ([all of it]({link}))"
     )
-    return f"\n\n{TABLES[name](results)}\n\n{about}\n\n"
+    return f"{TABLES[name](results)}\n\n{about}"
 
 
 def written(text: str, path: Path = README) -> str:
     """`text` of the file `path` with every table of it as the results have it; ValueError when one has no marks."""
     for name in (name for name in TABLES if PLACES[name] == path):
-        pattern = re.compile(rf"(?<=<!-- {name}: begin -->).*?(?=<!-- {name}: end -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"no marks for the table {name}")
-        text = pattern.sub(lambda _, name=name: section(name), text)  # type: ignore[misc]
+        text = with_table(text, name, section(name))
     return text
 
 

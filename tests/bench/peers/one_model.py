@@ -31,8 +31,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the model named by NEMO_CHECKPOINT and start the threads."""
-        # Nobody says here what was sent, so no stream may wait for its client; vLLM's backend has no such bound either.
-        settings = Settings.load({"max_unsent_tokens": "0"})
+        settings = Settings.load({"max_unsent_tokens": "0"})  # nobody tells this engine what was sent
         self._token_bytes = read_vocabulary(Path(settings.checkpoint)).token_bytes
         self._handles = itertools.count(1)
         self._senders: dict[int, Any] = {}
