@@ -151,8 +151,8 @@ class Outbox:
         if not events and not is_news:
             return
         self._last_stats, self._last_stats_s = stats, now_s
-        tokens = tuple(event for event in events if isinstance(event, TokenEvent))
-        failed = tuple(event for event in events if isinstance(event, RequestFailed))
+        tokens = tuple([event for event in events if isinstance(event, TokenEvent)])
+        failed = tuple([event for event in events if isinstance(event, RequestFailed)])
         self.put(messages.Step(tokens, failed, stats))
 
     def close(self) -> None:

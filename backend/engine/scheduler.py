@@ -202,9 +202,9 @@ class Scheduler:
         drawn = iter(result.token_ids)
         log_probs = iter(result.log_probs or (None,) * len(result.token_ids))
         prompt_log_probs = iter(result.prompt_log_probs)
-        finished = Phase.FINISHED
+        by_slot, finished = self._by_slot, Phase.FINISHED
         for row in plan.rows:
-            sequence = self._by_slot[row.slot]
+            sequence = by_slot[row.slot]
             sequence.num_in_flight -= 1
             num_tokens = row.num_tokens
             sequence.num_committed_tokens = num_committed = row.start + num_tokens
@@ -215,15 +215,16 @@ class Scheduler:
                 if sequence.guide is not None:
                     events += self._append_guided(sequence, row, token_id, log_prob, now_ns)
                 elif sequence.phase is not finished:
-                    events.append(self._append(sequence, token_id, log_prob, now_ns))
+                    events.append(event := sequence.append(token_id, log_prob, now_ns))
+                    if event.finish is not None:
+                        self._forget_if_finished(sequence.group)
             elif sequence.is_scored:
                 events.append(sequence.finish_score(now_ns))
                 self._forget_if_finished(sequence.group)
             if row.token_ids and row.start < sequence.num_prompt_tokens <= num_committed and sequence.index == 0:
                 self._waiting.add_siblings(sequence.group)
-            if num_committed % PAGE_TOKENS < num_tokens:
-                nameable = sequence.token_ids if self.limits.caches_outputs else sequence.request.prompt_token_ids
-                self._memory.name_full_pages(sequence.kv, num_committed, nameable)
+            if num_committed % PAGE_TOKENS < num_tokens and sequence.kv.may_write_cache:
+                self._name_full_pages(sequence, num_committed)
             if sequence.phase is finished and sequence.is_releasable:
                 self._release(sequence)
         assert next(drawn, None) is None, "more ids than sampled rows"
@@ -315,9 +316,9 @@ class Scheduler:
         sequence.has_started = True
         sequence.num_planned_tokens = end
         sequence.num_in_flight += 1
-        sequence.num_draws_left -= is_sampled
         if is_last:
             sequence.phase = Phase.DECODE
+            sequence.num_draws_left = request.max_tokens - is_sampled
         return PlanRow(
             sequence.slot,
             start,
@@ -332,7 +333,7 @@ class Scheduler:
 
     def _admit_waiting(self, now_ns: int) -> None:
         """Admit in the order of ranks, as long as the step is not full with what runs already."""
-        if not self._waiting:
+        if not self._waiting or not self._can_admit(self._waiting.first):
             return
         num_tokens = sum(map(_num_wanted_tokens, self._running))
         while self._waiting and num_tokens < self.limits.max_step_tokens and self._can_admit(self._waiting.first):
@@ -363,6 +364,11 @@ class Scheduler:
         insort(self._running, sequence, key=rank_of)
         self._num_running_requests += sequence.group.num_running == 0
         sequence.group.num_running += 1
+
+    def _name_full_pages(self, sequence: Sequence, num_tokens: int) -> None:
+        """Let prompts find the pages whose KV is known to be there, up to `num_tokens` or the end of what may be found."""
+        end = num_tokens if self.limits.caches_outputs else min(num_tokens, sequence.num_prompt_tokens)
+        self._memory.name_full_pages(sequence.kv, sequence.token_ids(sequence.kv.num_named_tokens, end))
 
     def _append(self, sequence: Sequence, token_id: int, log_prob: TokenLogProbs | None, now_ns: int) -> TokenEvent:
         event = sequence.append(token_id, log_prob, now_ns)

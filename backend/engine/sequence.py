@@ -53,8 +53,9 @@ class Sequence:
     """One of a request's `num_return_sequences` generations.
 
     `num_planned_tokens` counts positions whose step was planned, `num_in_flight` steps that were launched and not committed,
-    `num_draws_left` what `max_tokens` leaves to be planned, `num_committed_tokens` positions whose KV is known to be there. Pages
-    and slot are held from admission until the sequence is FINISHED and nothing of it is in flight.
+    `num_committed_tokens` positions whose KV is known to be there, `num_draws_left` what `max_tokens` leaves to be planned while
+    it decodes (0 in other phases). Pages and slot are held from admission until the sequence is FINISHED and nothing of it is in
+    flight.
     """
 
     def __init__(self, group: RequestGroup, index: int, text: TextStream, holder: Holder) -> None:
@@ -72,7 +73,7 @@ class Sequence:
         self.num_committed_tokens = 0
         self.num_cached_tokens = 0
         self.num_in_flight = 0
-        self.num_draws_left = group.request.max_tokens
+        self.num_draws_left = 0
         self.output_ids: list[int] = []
         self.prompt_log_probs: list[TokenLogProbs] = []
         self.is_echo_due = group.request.echo
@@ -93,8 +94,7 @@ class Sequence:
     @property
     def can_decode(self) -> bool:
         """Whether the next step may draw for it: `max_tokens` leaves room, and the stream is not far ahead of its client."""
-        group = self.group
-        return self.phase is Phase.DECODE and self.num_draws_left > 0 and group.num_unsent < group.most_unsent
+        return self.num_draws_left > 0 and self.group.num_unsent < self.group.most_unsent
 
     @property
     def num_draws_in_flight(self) -> int:
@@ -106,10 +106,10 @@ class Sequence:
         """Whether slot and pages may go to another sequence."""
         return self.phase is Phase.FINISHED and self.num_in_flight == 0 and self.slot >= 0
 
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """Prompt and output."""
-        return (*self.request.prompt_token_ids, *self.output_ids)
+    def token_ids(self, start: int, end: int) -> tuple[int, ...]:
+        """Those at positions `start` to `end - 1` of prompt and output."""
+        prompt = self.request.prompt_token_ids
+        return (*prompt[start:end], *self.output_ids[max(0, start - len(prompt)) : max(0, end - len(prompt))])
 
     def slot_start(self) -> SlotStart:
         """What the runner must know when the sequence takes its slot."""
@@ -206,6 +206,7 @@ class Sequence:
     def _finish(self, reason: FinishReason, stop_reason: str = "") -> Finish:
         assert self.phase is not Phase.FINISHED, "a sequence ends once"
         self.phase = Phase.FINISHED
+        self.num_draws_left = 0
         self.group.num_unfinished -= 1
         return Finish(
             reason,

@@ -72,9 +72,8 @@ class FakeRunner:
         if self._free_at_s:
             self.idle_s += max(0.0, now_s - self._free_at_s)
         self._free_at_s = max(self._free_at_s, now_s) + self._step_time_s
-        ids = tuple(
-            self.token_at(self._seeds[row.slot], row.start + row.num_tokens - 1) for row in plan.rows if row.is_sampled
-        )
+        seeds, token_at = self._seeds, self.token_at
+        ids = tuple([token_at(seeds[row.slot], row.start + row.num_tokens - 1) for row in plan.rows if row.is_sampled])
         return FakeStep(self._free_at_s, StepResult(ids))
 
     def describe(self) -> dict[str, str]:

@@ -38,9 +38,16 @@ def ensemble_table(results: dict[str, Any]) -> str:
 
 def overlap_table(results: dict[str, Any]) -> str:
     """Of bench_overlap."""
-    lines = ["| sequences | device idle, % | host per step, ms |", "|---:|---:|---:|"]
+    lines = [
+        "| sequences | device, ms a step | what runs | device idle, % | steps that came late, % | "
+        "late p99, ms | longest, ms | host per step, ms |",
+        "|---:|---:|---|" + "---:|" * 5,
+    ]
     for cell in results["cells"]:
-        lines.append(f"| {cell['sequences']} | {cell['idle_percent']:.1f} | {cell['host_ms_per_step']:.2f} |")
+        lines.append(
+            f"| {cell['sequences']} | {cell['device_ms']:g} | {cell['runs']} | {cell['idle_percent']:.2f} | "
+            f"{cell['gap_percent']:.2f} | {cell['gap_p99_ms']:.2f} | {cell['gap_max_ms']:.2f} | {cell['host_ms_per_step']:.2f} |"
+        )
     return "\n".join(lines)
 
 
