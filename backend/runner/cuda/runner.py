@@ -13,6 +13,7 @@ from backend.checkpoint.weight_loader import Progress, load_weights
 from backend.checkpoint.weights import Weights
 from backend.engine.plan import PAGE_TOKENS, PlanRow, StepPlan, StepResult, TokenLogProbs
 from backend.errors import ConfigError, EngineFailure
+from backend.phases import Phases
 from backend.runner.cuda.activations import LinearInput
 from backend.runner.cuda.attention import attention_bytes
 from backend.runner.cuda.drawing import Drawer, Drawn, TokenScores
@@ -155,11 +156,13 @@ class CudaRunner:
         kv_dtype: str = "auto",
         head_dtype: str = "auto",
         progress: Progress | None = None,
+        phases: Phases | None = None,
         **limits: int,
     ) -> CudaRunner:
         """Of a checkpoint; ConfigError when it cannot be read, or the kernels do not serve its sizes or a dtype.
 
-        `limits`: num_pages, num_host_pages, max_num_seqs, max_model_len, max_step_tokens.
+        `limits`: num_pages, num_host_pages, max_num_seqs, max_model_len, max_step_tokens. `phases` is told when the weights are
+        there.
         """
         config = read_model_config(folder)
         _check_sizes(config)
@@ -172,6 +175,8 @@ class CudaRunner:
             )
         with torch.inference_mode():
             weights = load_weights(folder, config, device=device.torch_device, weight_format=kept, progress=progress)
+        if phases is not None:
+            phases.end("weights")
         return cls(config, weights, device, weight_format=kept, kv_dtype=kv, **limits)
 
     def launch(self, plan: StepPlan) -> CudaStep:

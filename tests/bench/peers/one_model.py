@@ -20,6 +20,7 @@ from backend.engine.events import EngineStats, RequestFailed, TokenEvent
 from backend.engine.outbox import Outbox
 from backend.engine.process import build_engine
 from backend.engine.request import GenerationRequest
+from backend.phases import Phases
 from backend.settings import Settings
 from backend.text.detokenizer import cut_text
 
@@ -36,7 +37,7 @@ class TritonPythonModel:
         self._handles = itertools.count(1)
         self._senders: dict[int, Any] = {}
         self._events: queue.SimpleQueue[TokenEvent | RequestFailed | None] = queue.SimpleQueue()
-        self._engine = build_engine(settings, cast(Outbox, self))
+        self._engine, _ = build_engine(settings, cast(Outbox, self), Phases())
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._engine.run, self._send)]
         for thread in self._threads:
             thread.start()
