@@ -143,6 +143,10 @@ class CudaDevice:
         event.record(torch.cuda.current_stream(self._torch_device))
         return CudaMark(event, self)
 
+    def pinned(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Zeroed page-locked memory, of torch's cache of it: it goes back there when nothing refers to it any more."""
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
     def capture(self, record: Callable[[], None]) -> CudaGraph:
         """The launches that `record` makes in this thread, as a CUDA graph; they are not run."""
         launches: list[Launch] = []

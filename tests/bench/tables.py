@@ -51,6 +51,14 @@ def overlap_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def runner_host_table(results: dict[str, Any]) -> str:
+    """Of bench_runner_host."""
+    lines = ["| sequences | host per step, ms | p99 |", "|---:|---:|---:|"]
+    for cell in results["cells"]:
+        lines.append(f"| {cell['sequences']} | {cell['median_ms']:.3f} | {cell['p99_ms']:.3f} |")
+    return "\n".join(lines)
+
+
 def scheduler_table(results: dict[str, Any]) -> str:
     """Of bench_scheduler."""
     lines = ["| sequences | stop strings | plan, us | commit, us | message, us | in all, us |", "|" + "---:|" * 6]

@@ -214,5 +214,7 @@ def test_tokens_of_a_plan() -> None:
     assert tokens.positions.tolist() == [40, 8, 9, *range(100, 130), 0]
     assert tokens.num_generated == 3
     assert tokens.chunks == (Chunk(1, 100, 30), Chunk(2, 0, 1))
-    assert tokens.sampled == (0, 2, 32)
+    assert tokens.sampled.tolist() == [0, 2, 32]
+    assert tokens.sampled_slots.tolist() == [3, 0, 1]
+    assert not tokens.are_all_sampled
     assert tokens.scored == (range(3, 32), range(33, 34))
