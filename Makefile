@@ -18,7 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: serve setup kernels test-gpu bench-gpu check test tools helm-check observability-check drain-check image-check audit test-demo-kernels conformance faults soak test-fuzz test-lm-eval test-perf-tools eval bench-tokenizers bench-peers browser lock clean help
+.PHONY: serve setup kernels test-gpu bench-gpu bench-serving check test tools helm-check observability-check drain-check image-check audit test-demo-kernels conformance faults soak test-fuzz test-lm-eval test-perf-tools eval bench-tokenizers bench-peers browser lock clean help
 
 # The server binary comes with a wheel unless an installed tritonserver is there.
 SERVER_LOCKS := requirements/server.txt $(if $(wildcard /opt/tritonserver/bin/tritonserver),,requirements/triton.txt)
@@ -151,6 +151,9 @@ test-gpu:  ## Everything that needs a Hopper GPU, with a short table last (LOGS=
 
 bench-gpu:  ## Kernels, decode steps and prompts on a Hopper GPU, under 8 minutes; without one: at toy sizes on the emulator (JSON=file)
 	$(GPU_PYTHON) -m tests.bench.gpu $(if $(JSON),--json '$(JSON)')
+
+bench-serving:  ## Requests served end to end on a GPU, without Triton and through it, 8 minutes each; without one: a toy (WAY=engine|triton)
+	$(foreach way,$(or $(WAY),engine triton),$(GPU_PYTHON) -m tests.bench.serving $(way) $(ARGUMENTS) &&) true
 
 .venv/bin/python:
 	@command -v '$(PYTHON)' > /dev/null || { echo "make: no '$(PYTHON)' here: install Python 3.11 or 3.12, or name one, as in make PYTHON=/path/to/python3.11" >&2; exit 1; }

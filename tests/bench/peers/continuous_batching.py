@@ -24,9 +24,9 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from client.load_report import LoadReport
 from tests.bench.peers.closed_loop import closed_loop
 
-_PAGE_TOKENS = 64
+PAGE_TOKENS = 64
 _MAX_BATCH_TOKENS = 512
-_NO_END = -1
+NO_END = -1
 
 
 async def ask(
@@ -54,7 +54,7 @@ async def measure(manager: Any, job: dict[str, Any], num_streams: int) -> LoadRe
 
     async def ask_next(prompt: list[int], report: LoadReport) -> None:
         running.add(name := next(names))
-        await ask(manager, name, prompt, job["max_tokens"], _NO_END, report)
+        await ask(manager, name, prompt, job["max_tokens"], NO_END, report)
         running.discard(name)
 
     report = await closed_loop(ask_next, num_streams, job["seconds"], job["num_prompt_tokens"])
@@ -73,20 +73,28 @@ async def serve(manager: Any, job: dict[str, Any]) -> None:
         print((await measure(manager, job, num_streams)).as_json(), flush=True)
 
 
+def start_manager(
+    model: Any, *, max_tokens: int, num_blocks: int, max_batch_tokens: int = _MAX_BATCH_TOKENS, is_sampled: bool = False
+) -> Any:
+    """Its manager with its thread running; ids are drawn at temperature 1 when `is_sampled`, else greedy."""
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(max_new_tokens=max_tokens, do_sample=is_sampled),
+        continuous_batching_config=ContinuousBatchingConfig(
+            page_size=PAGE_TOKENS, num_blocks=num_blocks, max_batch_tokens=max_batch_tokens
+        ),
+    )
+    manager.start()
+    return manager
+
+
 def main(job: dict[str, Any]) -> None:
     """Load the model and serve."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     torch.set_num_threads(job["num_threads"])
     model: Any = AutoModelForCausalLM.from_pretrained(job["checkpoint"], dtype=torch.float32).eval()
-    tokens_per_stream = job["num_prompt_tokens"] + job["max_tokens"] + _PAGE_TOKENS
-    num_blocks = max(job["streams"]) * tokens_per_stream // _PAGE_TOKENS + 16
-    manager = model.init_continuous_batching(
-        generation_config=GenerationConfig(max_new_tokens=job["max_tokens"], do_sample=False),
-        continuous_batching_config=ContinuousBatchingConfig(
-            page_size=_PAGE_TOKENS, num_blocks=num_blocks, max_batch_tokens=_MAX_BATCH_TOKENS
-        ),
-    )
-    manager.start()
+    tokens_per_stream = job["num_prompt_tokens"] + job["max_tokens"] + PAGE_TOKENS
+    num_blocks = max(job["streams"]) * tokens_per_stream // PAGE_TOKENS + 16
+    manager = start_manager(model, max_tokens=job["max_tokens"], num_blocks=num_blocks)
     asyncio.run(serve(manager, job))
     signal.sigwait({signal.SIGTERM})
     os._exit(0)  # the manager's thread would be waited for
