@@ -81,7 +81,7 @@ def lay_out(plan: StepPlan, prompts: list[tuple[int, ...]]) -> StepTokens:
     return StepTokens(
         token_ids,
         slots,
-        (starts - firsts).repeat(sizes) + np.arange(len(slots), dtype=np.int32),
+        np.arange(len(slots), dtype=np.int32) + np.subtract(starts, firsts).repeat(sizes),
         int(ends[num_generated_rows - 1]) if num_generated_rows else 0,
         tuple([Chunk(row.slot, row.start, row.num_tokens) for row in rows[num_generated_rows:]]),
         ends[sampled_rows] - np.int32(1),
