@@ -210,7 +210,7 @@ class CudaRunner:
                 if row.slot_start is not None:
                     self._state.start(row.slot, row.slot_start)
                     self._prompts[row.slot] = row.slot_start.prompt_token_ids
-                self._state.set_pages(row.slot, row.page_ids)
+            self._state.set_pages(plan.rows)
             tokens = lay_out(plan, self._prompts)
             shape = shape_of(tokens, self.max_step_tokens)
             is_one_graph = tokens.are_all_sampled and not tokens.chunks and not plan.needs_masks

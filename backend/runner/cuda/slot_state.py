@@ -6,13 +6,14 @@ and `kernels.scatter` puts them there at the beginning of the next step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from backend.engine.plan import SlotStart
+from backend.engine.plan import PlanRow, SlotStart
 from backend.engine.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from backend.runner.cuda.carving import Fields, carve, first_words, num_words
 from kernels.sample import IN_PROMPT
@@ -100,14 +101,17 @@ class SlotState:
             ids = np.unique(np.array(start.prompt_token_ids, dtype=np.int64))
             self._put(self._place("histories", slot) + ids, np.full(len(ids), IN_PROMPT, dtype=np.int32))
 
-    def set_pages(self, slot: int, page_ids: tuple[int, ...]) -> None:
-        """Where the tokens of a slot's sequence lie; only what has changed is sent."""
-        known = self._known_pages[slot]
-        if page_ids is not known and page_ids != known:
+    def set_pages(self, rows: Iterable[PlanRow]) -> None:
+        """Where the tokens of the rows' sequences lie; only what has changed is sent."""
+        known_pages = self._known_pages
+        for row in rows:
+            known, page_ids = known_pages[row.slot], row.page_ids
+            if page_ids is known:
+                continue
             first = len(known) if page_ids[: len(known)] == known else 0
-            place = self._place("page_tables", slot)
+            place = self._place("page_tables", row.slot)
             self._put(np.arange(place + first, place + len(page_ids)), np.array(page_ids[first:], dtype=np.int32))
-            self._known_pages[slot] = page_ids
+            known_pages[row.slot] = page_ids
 
     def take_updates(self) -> Int32Array:
         """[n, 2], place and value of each word of `memory` that has changed since the last call; a place comes once."""

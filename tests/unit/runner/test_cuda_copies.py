@@ -181,9 +181,11 @@ def test_page_ids_through_pageable_memory_are_noticed(
 ) -> None:
     """A mistake, planted: a copy of its own for each slot that has a new page."""
 
-    def set_pages(state: SlotState, slot: int, page_ids: tuple[int, ...]) -> None:
-        if len(page_ids) * PAGE_TOKENS > FIRST_POSITION + PAGE_TOKENS:
-            state.page_tables[slot, : len(page_ids)] = torch.tensor(page_ids, dtype=torch.int32)
+    def set_pages(state: SlotState, rows: tuple[PlanRow, ...]) -> None:
+        for row in rows:
+            if len(row.page_ids) * PAGE_TOKENS > FIRST_POSITION + PAGE_TOKENS:
+                page_ids = torch.tensor(row.page_ids, dtype=torch.int32)
+                state.page_tables[row.slot, : len(page_ids)] = page_ids
 
     monkeypatch.setattr(SlotState, "set_pages", set_pages)
     steps = decode_steps(runner, crossings, PAGE_TOKENS)
