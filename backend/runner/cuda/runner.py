@@ -34,8 +34,9 @@ _SIZE_MULTIPLE = 128
 def cuda_workspace_bytes(config: ModelConfig, max_num_seqs: int, max_model_len: int, max_step_tokens: int) -> int:
     """Bytes beside weights and KV pages, at most: logits and sampler state of every slot, a step's activations and attention."""
     max_pages = -(-max_model_len // PAGE_TOKENS)
-    of_slots = max_num_seqs * (3 * 4 * config.vocab_size + 4 * max_pages + SLOT_BYTES)
-    of_scores = 4 * PIECE_ROWS * config.vocab_size
+    # Logits, adjusted ones, histories, and a copy of the logits of which log-probabilities are asked; a mask.
+    of_slots = max_num_seqs * (4 * 4 * config.vocab_size + config.vocab_size // 8 + 4 * max_pages + SLOT_BYTES)
+    of_scores = 2 * 4 * PIECE_ROWS * config.vocab_size  # of a piece, and of the one before until it is there
     widest = max(config.hidden_size, config.query_size, config.ffn_size)
     row = 2 * (2 * config.hidden_size + 2 * config.query_size + 2 * config.kv_size + 2 * config.ffn_size) + 3 * widest
     angles = 4 * max_model_len * config.head_dim

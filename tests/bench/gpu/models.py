@@ -69,16 +69,23 @@ def _fill_matrix(matrix: Matrix, generator: torch.Generator) -> None:
 
 
 def random_runner(
-    config: ModelConfig, device: Device, *, num_pages: int, max_num_seqs: int, max_model_len: int, max_step_tokens: int
+    config: ModelConfig,
+    device: Device,
+    *,
+    num_pages: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    max_step_tokens: int,
+    kv_dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> CudaRunner:
-    """FP8 weights and pages, the head in BF16; all pages hold normal values."""
+    """FP8 weights, the head in BF16; all pages hold normal values."""
     with torch.inference_mode():
         runner = CudaRunner(
             config,
             random_weights(config, device.torch_device),
             device,
             weight_format=FP8,
-            kv_dtype=torch.float8_e4m3fn,
+            kv_dtype=kv_dtype,
             num_pages=num_pages,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
