@@ -27,6 +27,7 @@ _ELSEWHERE = {
     "tests/bench/count_sentencepiece.py": ("sentencepiece",),
     "tests/bench/peers/llama_server.py": ("xllamacpp",),
     "tests/bench/peers/plot.py": ("matplotlib",),
+    "tests/bench/plots.py": ("matplotlib",),
 }
 # Installed before everything else, since its build differs by machine.
 _UNLOCKED = "torch"

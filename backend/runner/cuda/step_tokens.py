@@ -77,7 +77,7 @@ def lay_out(plan: StepPlan, prompts: list[tuple[int, ...]]) -> StepTokens:
     for index, row in enumerate(rows):
         if row.token_ids:
             token_ids[firsts[index] : ends[index]] = row.token_ids
-    positions: Int32Array = (starts - firsts).repeat(sizes) + np.arange(len(slots), dtype=np.int32)
+    positions = np.arange(len(slots), dtype=np.int32) + np.subtract(starts, firsts).repeat(sizes)
     sampled_rows = np.flatnonzero([row.is_sampled for row in rows])
     return StepTokens(
         token_ids,

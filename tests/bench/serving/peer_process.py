@@ -39,6 +39,8 @@ def measure_peer(name: str, job: dict[str, Any], say: Say) -> None:
     ends_s = time.monotonic() + job["seconds"]
     time_is_left = lambda: time.monotonic() < ends_s  # noqa: E731
     device = torch.device("cuda" if scale.name == FULL.name else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(int(scale.settings["num_threads"]))
     try:
         if name == _STATIC:
             measure_static_batch(scale, device, time_is_left, say)
