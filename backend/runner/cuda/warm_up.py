@@ -19,7 +19,7 @@ def step_sizes(max_num_seqs: int, max_step_tokens: int) -> Iterator[StepSize]:
     capture, once.
 
     >>> [(size.num_generated, size.num_prompt_tokens) for size in step_sizes(12, 16)]
-    [(0, 8), (8, 0), (7, 1), (0, 16), (12, 0), (12, 4)]
+    [(0, 8), (8, 0), (7, 1), (0, 16), (12, 0), (11, 5)]
     """
     narrower = 0
     for width in step_widths(max_step_tokens):
