@@ -138,6 +138,17 @@ def test_more_words_than_a_copy_holds_are_too_many_bad_words() -> None:
     assert MAX_UPDATES < 64 * 200
 
 
+def test_a_result_that_is_asked_for_too_late_is_refused(runner: CudaRunner, crossings: Crossings) -> None:
+    with crossings:
+        steps = []
+        for index in range(3):
+            steps.append(runner.launch(StepPlan(index, (begin(0, 9) if index == 0 else row(0, 9 + index),))))
+            steps[-1].draw({})
+        with pytest.raises(AssertionError, match="a later step has the memory of this one"):
+            steps[0].result()
+        assert steps[1].result().token_ids == steps[2].result().token_ids == (1,)
+
+
 DEVICE_TENSOR = torch.zeros(4, device="meta")
 
 
