@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernels.decode_attention import OP
 from tests.emulator.build import Mutant
 from tests.emulator.device import PLAIN, EmulatedDevice
-from tests.kernels.far_probes import DECODE, Probes, check_decode, launched
+from tests.kernels.far_probes import Probes, check_decode, launched
 
 _POOL_PAGES = 2**32 // (8 * 64 * 128) + 4
 _IN_32_BITS = Mutant.of("offsets of pages in 32 bits", "kv_layout.cuh", "((long long)page *", "((int)page *")
@@ -36,5 +37,5 @@ def test_pages_behind_4_gigabytes_need_offsets_of_64_bits(mutant: Mutant | None)
     probes = Probes.make(250, 32, 8, is_fp8=True)
     page_ids = torch.tensor([_POOL_PAGES - 1, 0, _POOL_PAGES - 2, 1])
     far = probes.moved(_POOL_PAGES, page_ids, torch.device("cpu"))
-    near_out, far_out = (launched(DECODE, its.decode_inputs([(1, 250)]), device) for its in (probes, far))
+    near_out, far_out = (launched(OP, its.decode_inputs([(1, 250)]), device) for its in (probes, far))
     assert torch.equal(near_out, far_out) == (mutant is None)
