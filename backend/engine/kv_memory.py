@@ -45,6 +45,11 @@ class KvMemory:
         self._copies: list[PageCopy] = []
         self.num_swapped_out_pages = 0
 
+    @property
+    def has_swapped(self) -> bool:
+        """Whether any page lies on the host."""
+        return len(self._free_host) < self._num_host_pages
+
     def can_promise(self, num_pages: int) -> bool:
         """Whether a sequence that may grow to `num_pages` fits besides all others, on device and host together."""
         return self._num_promised + num_pages <= self.pool.num_pages + self._num_host_pages

@@ -317,7 +317,9 @@ class Scheduler:
         """
         if not self._free_slots or not self._memory.can_promise(sequence.kv.num_pages_promised):
             return False
-        if any(other.kv.table.num_swapped for other in self._running if other.rank < sequence.rank):
+        if self._memory.has_swapped and any(
+            other.table.num_swapped for other in self._running if other.rank < sequence.rank
+        ):
             return False
         has_room = num_pages_for(sequence.num_prompt_tokens, PAGE_TOKENS) <= self._memory.pool.num_available
         return has_room or not self._running or sequence.rank < self._running[-1].rank

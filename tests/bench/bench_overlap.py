@@ -5,7 +5,8 @@
 A cell is sequences x milliseconds a step. Each is run twice: the loop alone, in this process, and the whole engine process with
 this one as its owner, which takes every message and reports what it took. Sequences end at their own times and are replaced.
 Printed is how long the device waited between steps and what the loop's thread computed per step (its processor time, so sleeping
-does not count); with --profile where that goes, for the loop alone.
+does not count); with --profile where that goes, for the loop alone. On a machine that others use too, what they take shows as
+waiting: put `chrt --fifo 5` before the command there (as root), and the results say so.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ RESULTS = Path(__file__).with_name("results")
 
 
 def conditions(module: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Of a measurement that begins now with `python -m module arguments`."""
+    """Of a measurement that begins now with `python -m module arguments`, by `chrt` when nothing else may interrupt it."""
+    is_first = os.sched_getscheduler(0) == os.SCHED_FIFO
     git = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
@@ -26,7 +27,14 @@ def conditions(module: str, arguments: Sequence[str]) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "load_average_before": round(os.getloadavg()[0], 2),
         "commit": subprocess.run(git, capture_output=True, text=True, timeout=10, check=False).stdout.strip(),
-        "command": " ".join(["python -m", module, *arguments]),
+        "command": " ".join(
+            [
+                *([f"chrt --fifo {os.sched_getparam(0).sched_priority}"] if is_first else []),
+                "python -m",
+                module,
+                *arguments,
+            ]
+        ),
     }
 
 

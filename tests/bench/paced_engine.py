@@ -16,6 +16,7 @@ from unittest.mock import patch
 from backend.checkpoint.vocabulary import read_vocabulary
 from backend.engine import process
 from backend.engine.plan import PAGE_TOKENS
+from backend.phases import Phases
 from backend.runner.select import Progress, ServedModel
 from backend.settings import Settings
 from tests.bench.paced_runner import PacedRunner
@@ -25,7 +26,7 @@ def main(file_descriptor: int, step_ms: float, num_skipped: int) -> int:
     """Serve the owner at the other end of the socket, then report."""
     runners: list[PacedRunner] = []
 
-    def make_runner(settings: Settings, _: Progress) -> ServedModel:
+    def make_runner(settings: Settings, _: Progress, __: Phases) -> ServedModel:
         num_pages = settings.kv_cache_tokens // PAGE_TOKENS
         runners.append(PacedRunner(num_pages=num_pages, max_num_seqs=settings.max_num_seqs, step_time_s=step_ms / 1000))
         vocab_size = read_vocabulary(Path(settings.checkpoint)).vocab_size

@@ -52,7 +52,8 @@ def test_every_table_says_where_its_numbers_come_from() -> None:
             assert text.strip() == "**Not yet run on hardware.**"
         else:
             assert re.search(
-                r"\d cores, load [\d.]+ before; \d{4}-\d\d-\d\d, commit [0-9a-f]{7}\S*; `python -m [^`]+` ", text
+                r"\d cores, load [\d.]+ before; \d{4}-\d\d-\d\d, commit [0-9a-f]{7}\S*; `(chrt --fifo \d+ )?python -m [^`]+` ",
+                text,
             )
     assert all('"scale": "toy"' in (RESULTS / f"serving_{way}_toy.json").read_text() for way in ("engine", "triton"))
 
