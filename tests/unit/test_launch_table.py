@@ -10,6 +10,7 @@ import pytest
 from tests.bench.gpu import launch_table
 from tests.bench.gpu.floor import decode_bytes
 from tests.bench.gpu.models import FP8, NEMO
+from tests.bench.gpu.steps import Cell
 
 
 def test_readme_has_the_current_table() -> None:
@@ -18,7 +19,7 @@ def test_readme_has_the_current_table() -> None:
 
 
 @pytest.mark.parametrize("cell", launch_table.CELLS, ids=str)
-def test_every_kernel_of_a_step_may_start_before_the_last_one_has_ended(cell: launch_table.Cell) -> None:
+def test_every_kernel_of_a_step_may_start_before_the_last_one_has_ended(cell: Cell) -> None:
     step = launch_table.captured_step(cell)
     launches = (*step.before, *step.of_layer, *step.after)
     assert [launch.kernel for launch in launches if not launch.overlaps_previous] == []
