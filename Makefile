@@ -18,7 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: serve setup kernels test-gpu bench-gpu check test tools helm-check observability-check drain-check image-check audit test-demo-kernels conformance faults soak test-fuzz test-lm-eval test-perf-tools eval bench-tokenizers bench-peers browser lock clean help
+.PHONY: serve setup kernels test-gpu bench-gpu bench-serving check test tools helm-check observability-check drain-check image-check audit test-demo-kernels conformance faults soak test-fuzz test-lm-eval test-perf-tools eval bench-tokenizers bench-peers browser lock clean help
 
 # The server binary comes with a wheel unless an installed tritonserver is there.
 SERVER_LOCKS := requirements/server.txt $(if $(wildcard /opt/tritonserver/bin/tritonserver),,requirements/triton.txt)
@@ -33,7 +33,7 @@ UV := uv==0.13.9
 LM_EVAL := lm_eval[api]==0.4.13
 AIPERF := aiperf==0.13.0
 PERF_ANALYZER := tritonclient==2.51.0
-PEERS := sentencepiece==0.2.3 gguf==0.19.0 xllamacpp==2026.10.11549 matplotlib==3.11.2
+PEERS := sentencepiece==0.2.3 xllamacpp==2026.10.11549 matplotlib==3.11.2
 
 setup: .venv/.ready-tests  ## Make .venv with everything, without running anything
 
@@ -74,7 +74,7 @@ conformance: .venv/.ready-tests  ## Every row of the contract with clients, by i
 
 faults: .venv/.ready-tests  ## Everything that may happen to the server from outside: deaths, signals, memory, disks, clients (10 minutes)
 	FAULTS=all .venv/bin/pytest -rs tests/triton/test_deaths.py tests/triton/test_shutdown.py tests/triton/test_host_faults.py \
-	    tests/triton/test_clock.py tests/triton/test_bad_clients.py tests/triton/test_reload.py tests/triton/test_cancellation.py
+	    tests/triton/test_clock.py tests/triton/test_clock_jumps.py tests/triton/test_bad_clients.py tests/triton/test_reload.py tests/triton/test_cancellation.py
 
 soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, about 5 minutes; MINUTES=30: so long, with memory and handles watched
 	.venv/bin/python -m tests.triton.soak $(if $(MINUTES),--minutes '$(MINUTES)')
@@ -151,6 +151,9 @@ test-gpu:  ## Everything that needs a Hopper GPU, with a short table last (LOGS=
 
 bench-gpu:  ## Kernels, decode steps and prompts on a Hopper GPU, under 8 minutes; without one: at toy sizes on the emulator (JSON=file)
 	$(GPU_PYTHON) -m tests.bench.gpu $(if $(JSON),--json '$(JSON)')
+
+bench-serving:  ## Requests served end to end on a GPU, without Triton and through it, 8 minutes each; without one: a toy (WAY=engine|triton)
+	$(foreach way,$(or $(WAY),engine triton),$(GPU_PYTHON) -m tests.bench.serving $(way) $(ARGUMENTS) &&) true
 
 .venv/bin/python:
 	@command -v '$(PYTHON)' > /dev/null || { echo "make: no '$(PYTHON)' here: install Python 3.11 or 3.12, or name one, as in make PYTHON=/path/to/python3.11" >&2; exit 1; }

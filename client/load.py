@@ -14,24 +14,22 @@ import random
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc  # type: ignore[import-untyped,unused-ignore]
 import grpc.aio  # type: ignore[import-untyped,unused-ignore]
-import numpy as np
-from tritonclient.grpc import InferInput  # type: ignore[import-untyped,unused-ignore]
 from tritonclient.grpc.aio import InferenceServerClient  # type: ignore[import-untyped,unused-ignore]
 from tritonclient.utils import InferenceServerException  # type: ignore[import-untyped,unused-ignore]
 
 from client.client import host_and_port
-from client.errors import BrokenStream, ClientError, RequestFailed, ServerUnreachable
+from client.errors import ClientError, RequestFailed, ServerUnreachable
 from client.load_report import LoadReport
 from client.params import GenerationParams, InputTensor
 from client.terminal import EXIT_FAILED, EXIT_INTERRUPTED, exit_code
+from client.token_stream import stream_token_counts
 
-_NUMPY_DTYPES: dict[str, Any] = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_}
 _READY_TIMEOUT_S = 5.0
 
 
@@ -116,26 +114,13 @@ class LoadRun:
 
     async def _request(self, client: Any, index: int) -> None:
         tensors = (InputTensor("prompt_token_ids", "INT32", self._plan.prompt(index)), *self._plan.params.tensors())
-        inputs = [_infer_input(tensor) for tensor in (*tensors, InputTensor("stream", "BOOL", (True,)))]
         started_s = last_s = time.perf_counter()
-        is_first, is_finished = True, False
-        stream = client.stream_infer(_once({"model_name": self._plan.model, "inputs": inputs}))
-        try:
-            async for result, error in stream:
-                if error is not None:
-                    raise error
-                message = result.get_response()
-                for output, raw in zip(message.outputs, message.raw_output_contents, strict=True):
-                    if output.name == "token_ids" and raw:
-                        now_s = time.perf_counter()
-                        self.report.add_response(len(raw) // 4, now_s - (started_s if is_first else last_s), is_first)
-                        is_first, last_s = False, now_s
-                    elif output.name == "finish_reason":
-                        is_finished = is_finished or len(raw) > 4  # a string is its length in four bytes, then itself
-        finally:
-            stream.cancel()  # does nothing to a stream that has ended
-        if not is_finished:
-            raise BrokenStream("the stream ended without a finish_reason")
+        is_first = True
+        async with contextlib.aclosing(stream_token_counts(client, self._plan.model, tensors)) as counts:
+            async for num_ids in counts:
+                now_s = time.perf_counter()
+                self.report.add_response(num_ids, now_s - (started_s if is_first else last_s), is_first)
+                is_first, last_s = False, now_s
 
     async def _print_progress(self) -> None:
         while True:
@@ -202,16 +187,6 @@ async def _main(plan: LoadPlan, *, as_json: bool, progress: bool) -> int:
     if run.stop.is_set():
         return EXIT_INTERRUPTED
     return EXIT_FAILED if run.report.num_failed or not run.report.num_done else 0
-
-
-async def _once(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    yield request
-
-
-def _infer_input(tensor: InputTensor) -> Any:
-    shape = (1, len(tensor.values))
-    dtype = _NUMPY_DTYPES.get(tensor.datatype, np.object_)
-    return InferInput(tensor.name, shape, tensor.datatype).set_data_from_numpy(np.array([tensor.values], dtype=dtype))
 
 
 def _kind(error: Exception) -> str:

@@ -19,9 +19,9 @@ from kernels.cubin_cache import CubinCache
 from kernels.errors import ContractError, LaunchError
 from kernels.launch import Launch, Program
 from kernels.launch_log import LaunchLog, head_line
+from kernels.program import COMPUTE_CAPABILITY
 from kernels.tensor_map import check_tensor_map
 
-COMPUTE_CAPABILITY = (9, 0)
 # More dynamic shared memory than this must be asked for, kernel by kernel.
 _FREE_SHARED_BYTES = 48 * 1024
 

@@ -66,9 +66,12 @@ class Stream:
         self._cumulated: dict[int, float] = {}
 
     def response(self, pending: JoinedEvent, window: ChunkWindow) -> Any:
-        """The response that carries `pending`; a chunk is numbered by `window`."""
+        """The response that carries `pending`; a chunk is numbered by `window` if it goes to postprocessing.
+
+        NOTE: a client that calls the engine directly and names no outputs gets all of them, a chunk too, which nobody will see.
+        """
         request = self.request
-        number = window.next_number() if "stream_chunk" in self.requested_outputs else 0
+        number = window.next_number() if self.needs_beats else 0
         made = make_outputs(pending, request.handle, request.num_return_sequences, self.requested_outputs, number)
         return tensors.response(made + self._log_prob_tensors(pending))
 

@@ -14,7 +14,6 @@ import asyncio
 import http.client
 import json
 import random
-import statistics
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from client.gateway.ensemble import Ensemble
 from client.gateway.tables import README
 from tests.bench.bench_ensemble import measure
 from tests.bench.conditions import conditions, write_results
+from tests.bench.tables import gateway_table
 from tests.checkpoints import make_checkpoint
 from tests.gateway.conftest import MODEL
 from tests.triton.live_server import LiveServer
@@ -140,20 +140,9 @@ def measure_all(streams: Sequence[int], seconds: float, num_first: int) -> dict[
 
 
 def table(results: dict[str, Any]) -> str:
-    """The README's table."""
-    first = {way: statistics.median(values) for way, values in results["first_token_ms"].items()}
-    added = statistics.median(
-        gateway - grpc
-        for grpc, gateway in zip(results["first_token_ms"]["grpc"], results["first_token_ms"]["gateway"], strict=True)
-    )
-    lines = ["| | raw gRPC | gateway | |", "|---|---:|---:|---:|"]
-    lines.append(f"| first token, p50, ms | {first['grpc']:.1f} | {first['gateway']:.1f} | {added:+.1f} |")
-    for cell in results["cells"]:
-        grpc, gateway = (statistics.median(cell[f"{way}_tokens_per_s"]) for way in ("grpc", "gateway"))
-        name = f"tokens/s, {cell['streams']} streams" if cell["streams"] > 1 else "tokens/s, 1 stream"
-        lines.append(f"| {name} | {grpc:,.0f} | {gateway:,.0f} | {gateway / grpc:.0%} |")
+    """The gateway's README's table."""
     about = f"{results['machine']}, load {results['load_average_before']} before; commit {results['commit']}"
-    return "\n".join([*lines, "", f"{about}; `{results['command']}`"])
+    return f"{gateway_table(results)}\n\n{about}; `{results['command']}`"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

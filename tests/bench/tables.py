@@ -1,19 +1,25 @@
-"""The tables in READMEs that hold measurements: `python -m tests.bench.tables` writes them from results/."""
+"""The tables in READMEs and on the page of all results: `python -m tests.bench.tables` writes them from results/."""
 
 from __future__ import annotations
 
 import math
 import os
-import re
+import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from tests.bench.conditions import PROJECT, RESULTS, read_results
+from tests.bench.serving_tables import capacity_table, gpu_table, number, poisson_table
 from tests.evaluation.report import report as evaluation_tables
+from tests.marked import with_table
 
 README = PROJECT / "README.md"
+PAGE = RESULTS / "README.md"
+Table = Callable[[dict[str, Any]], str]
 _ENSEMBLE_COLUMNS = {
     "tokens_per_s": "tokens/s",
     "responses_per_s": "responses/s",
@@ -31,16 +37,23 @@ def ensemble_table(results: dict[str, Any]) -> str:
     lines += ["|---|" + "---:|" * (len(_ENSEMBLE_COLUMNS) + 1)]
     for cell in results["cells"]:
         kind = "one token" if cell["max_tokens_per_response"] else "what has come"
-        numbers = " | ".join(_number(cell[name]) for name in _ENSEMBLE_COLUMNS)
+        numbers = " | ".join(number(cell[name]) for name in _ENSEMBLE_COLUMNS)
         lines.append(f"| {kind} | {cell['streams']} | {numbers} |")
     return "\n".join(lines)
 
 
 def overlap_table(results: dict[str, Any]) -> str:
     """Of bench_overlap."""
-    lines = ["| sequences | device idle, % | host per step, ms |", "|---:|---:|---:|"]
+    lines = [
+        "| sequences | device, ms a step | what runs | device idle, % | steps that came late, % | "
+        "late p99, ms | longest, ms | host per step, ms |",
+        "|---:|---:|---|" + "---:|" * 5,
+    ]
     for cell in results["cells"]:
-        lines.append(f"| {cell['sequences']} | {cell['idle_percent']:.1f} | {cell['host_ms_per_step']:.2f} |")
+        lines.append(
+            f"| {cell['sequences']} | {cell['device_ms']:g} | {cell['runs']} | {cell['idle_percent']:.2f} | "
+            f"{cell['gap_percent']:.2f} | {cell['gap_p99_ms']:.2f} | {cell['gap_max_ms']:.2f} | {cell['host_ms_per_step']:.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -144,6 +157,20 @@ def tokenizers_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gateway_table(results: dict[str, Any]) -> str:
+    """Of bench_gateway, whose requests went both ways in turns."""
+    first = {way: statistics.median(values) for way, values in results["first_token_ms"].items()}
+    ways = (results["first_token_ms"][way] for way in ("grpc", "gateway"))
+    added = statistics.median(gateway - grpc for grpc, gateway in zip(*ways, strict=True))
+    lines = ["| | raw gRPC | gateway | |", "|---|---:|---:|---:|"]
+    lines.append(f"| first token, p50, ms | {first['grpc']:.1f} | {first['gateway']:.1f} | {added:+.1f} |")
+    for cell in results["cells"]:
+        grpc, gateway = (statistics.median(cell[f"{way}_tokens_per_s"]) for way in ("grpc", "gateway"))
+        name = f"tokens/s, {cell['streams']} streams" if cell["streams"] > 1 else "tokens/s, 1 stream"
+        lines.append(f"| {name} | {grpc:,.0f} | {gateway:,.0f} | {gateway / grpc:.0%} |")
+    return "\n".join(lines)
+
+
 def peers_table(results: dict[str, Any]) -> str:
     """Of bench_peers: for each engine and number of streams every way, its speed also as a multiple of the first's."""
     lines = [
@@ -156,15 +183,15 @@ def peers_table(results: dict[str, Any]) -> str:
     )
     for cell in cells:
         first = firsts.setdefault((cell["engine"], cell["streams"]), cell["tokens_per_s"]) or math.inf
-        times = " | ".join(_number(cell[f"first_token_{name}_ms"]) for name in ("p50", "p99"))
+        times = " | ".join(number(cell[f"first_token_{name}_ms"]) for name in ("p50", "p99"))
         lines.append(
-            f"| {cell['engine']} | {cell['streams']} | {cell['way']} | {_number(cell['tokens_per_s'])} | "
+            f"| {cell['engine']} | {cell['streams']} | {cell['way']} | {number(cell['tokens_per_s'])} | "
             f"{cell['tokens_per_s'] / first:.2f} | {times} | {cell['memory_mb']:,.0f} |"
         )
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+TABLES: dict[str, Table] = {
     "ensemble": ensemble_table,
     "evaluation": evaluation_tables,
     "first_token": first_token_table,
@@ -176,38 +203,59 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "tekken": tekken_table,
     "tokenizers": tokenizers_table,
 }
-_ELSEWHERE = {"evaluation": PROJECT / "tests" / "evaluation" / "README.md"}
-PLACES = {name: _ELSEWHERE.get(name, README) for name in TABLES}
-"""The file that each table stands in."""
+_SERVING: dict[str, Table] = {
+    f"serving_{way}{scale} {what}": table
+    for scale in ("", "_toy")
+    for way in ("engine", "triton")
+    for what, table in (("capacity", capacity_table), ("poisson", poisson_table))
+}
+_EVALUATION = PROJECT / "tests" / "evaluation" / "README.md"
+PLACES: dict[Path, dict[str, Table]] = {
+    README: {name: table for name, table in TABLES.items() if name != "evaluation"},
+    _EVALUATION: {"evaluation": evaluation_tables},
+    PAGE: {"gpu": gpu_table, **_SERVING, "gateway": gateway_table} | TABLES,
+}
+"""The tables that stand in each file. The first word of a table's name is that of its results; more tables may be of the same."""
 
 
-def section(name: str) -> str:
-    """What stands between the marks of a table: the table, and where its numbers come from."""
-    results = read_results(name)
-    link = os.path.relpath(RESULTS / f"{name}.json", PLACES[name].parent)
-    about = (
-        f"{results['machine']}, load {results['load_average_before']} before; commit {results['commit']}; "
-        f"`{results['command']}` ([all of it]({link}))"
-    )
-    return f"\n\n{TABLES[name](results)}\n\n{about}\n\n"
+def section(name: str, place: Path) -> str:
+    """What stands between the marks of a table: the table, and where its numbers come from; or that there are none."""
+    source = name.partition(" ")[0]
+    file = RESULTS / f"{source}.json"
+    if not file.exists():
+        return "**Not yet run on hardware.**"
+    results = read_results(source)
+    return f"{PLACES[place][name](results)}\n\n{_about(results)} ([all of it]({os.path.relpath(file, place.parent)}))"
+
+
+def _about(results: dict[str, Any]) -> str:
+    """Machine, date, commit and command; bench-gpu has its machine in parts."""
+    machine = results["machine"]
+    if isinstance(machine, dict):
+        return f"{machine['gpu']}; {machine['date']}, commit {machine['commit']}; `{results['command']}`"
+    gpu = f"{results['gpu']}, " if "gpu" in results else ""
+    where = f"{gpu}{machine}, load {results['load_average_before']} before"
+    return f"{where}; {results['date']}, commit {results['commit']}; `{results['command']}`"
 
 
 def written(text: str, path: Path = README) -> str:
     """`text` of the file `path` with every table of it as the results have it; ValueError when one has no marks."""
-    for name in (name for name in TABLES if PLACES[name] == path):
-        pattern = re.compile(rf"(?<=<!-- {name}: begin -->).*?(?=<!-- {name}: end -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"no marks for the table {name}")
-        text = pattern.sub(lambda _, name=name: section(name), text)  # type: ignore[misc]
+    for name in PLACES[path]:
+        text = with_table(text, name, section(name, path))
     return text
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return "none"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+def draw_plots() -> None:
+    """The plots of the page, by the Python of .venv-peers, which has matplotlib; without it they stay as they are."""
+    python = PROJECT / ".venv-peers" / "bin" / "python"
+    if not python.exists():
+        print("no .venv-peers: the plots stay as they are (`make .venv-peers/.ready`)", file=sys.stderr)
+        return
+    script = Path(__file__).with_name("plots.py")
+    subprocess.run([str(python), str(script), str(RESULTS)], check=True)
 
 
 if __name__ == "__main__":
-    for place in sorted(set(PLACES.values())):
+    for place in PLACES:
         place.write_text(written(place.read_text(), place))
+    draw_plots()

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from backend.engine.stop_matcher import StopMatcher, StopString
-from backend.engine.text_stream import TextCut, TextStream, num_unfinished_bytes
+from backend.engine.text_stream import TextCut, TextStream, TokenTexts, num_unfinished_bytes
 from backend.text.detokenizer import cut_text
 from tests.engine.text_oracle import UNFINISHED, Output, allowed_text, decode_cut
 
@@ -55,7 +55,7 @@ stop_lists = st.lists(sensible_stops | wild_stops, max_size=4, unique=True)
 
 
 def make_stream(stops: list[bytes]) -> TextStream:
-    return TextStream(TOKEN_BYTES, tuple(StopString.compile(stop) for stop in stops))
+    return TextStream(TokenTexts(TOKEN_BYTES), tuple(StopString.compile(stop) for stop in stops))
 
 
 def id_of(text: bytes) -> int:

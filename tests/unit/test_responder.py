@@ -16,7 +16,7 @@ from backend.engine.events import Finish, FinishReason, TokenEvent
 from backend.engine.request import GenerationRequest
 from backend.triton_adapter.chunk_window import MOST_CHUNKS
 from backend.triton_adapter.presence import RUN_DIR_VARIABLE
-from tests.fuzz.triton_stub import triton_stub
+from tests.triton_stub import triton_stub
 
 FINISH = Finish(FinishReason.LENGTH, "", 3, 1, 0, 0, 0, 0, 0)
 TIMEOUT_S = 20.0
@@ -44,8 +44,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield importlib.import_module("backend.triton_adapter.responder")
 
 
-def stream_of(module: Any, request: GenerationRequest) -> Any:
-    return module.Stream(request, Sender(), {"stream_chunk", "finish_reason"}, 0)
+def stream_of(module: Any, request: GenerationRequest, *outputs: str) -> Any:
+    return module.Stream(request, Sender(), {"stream_chunk", "finish_reason", *outputs}, 0)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -92,3 +92,16 @@ def test_the_engine_is_told_of_generated_ids_alone(module: Any) -> None:
         assert changed.wait_for(lambda: told[7] >= 4, TIMEOUT_S)
     responder.close()
     assert told == {7: 4}
+
+
+def test_chunks_of_direct_clients_hold_nothing_up(module: Any) -> None:
+    """They ask for all outputs, so chunks are among them, and postprocessing sees none."""
+    responder = module.Responder(lambda _: None, None, lambda _: None, lambda: None)
+    window = responder._window
+    for handle in range(3 * MOST_CHUNKS):
+        stream = stream_of(module, GenerationRequest(handle, "", (1, 2, 3), 1, stream=True), "token_ids")
+        responder.open(stream)
+        responder.add((TokenEvent(handle, 0, (1000,), (1000,), 0, 1, False, FINISH, is_request_end=True),))
+        wait_until(lambda stream=stream: stream.sender.num_ended == 1)  # type: ignore[misc]
+        assert not window.is_full(time.monotonic())
+    responder.close()

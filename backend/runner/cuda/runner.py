@@ -14,6 +14,7 @@ from backend.checkpoint.weight_loader import Progress, load_weights
 from backend.checkpoint.weights import Weights
 from backend.engine.plan import PAGE_TOKENS, PlanRow, StepPlan, StepResult, TokenLogProbs
 from backend.errors import ConfigError, EngineFailure
+from backend.phases import Phases
 from backend.runner.cuda.activations import LinearInput
 from backend.runner.cuda.attention import StepShape, attention_bytes, most_tiles, shape_of, tiles_of
 from backend.runner.cuda.drawing import Drawer, Drawn, StepDraw, TokenScores
@@ -38,8 +39,9 @@ def cuda_workspace_bytes(config: ModelConfig, max_num_seqs: int, max_model_len: 
     """Bytes beside weights and KV pages, at most: logits and sampler state of every slot, a step's activations and attention."""
     max_pages = -(-max_model_len // PAGE_TOKENS)
     num_tiles = most_tiles(max_step_tokens, max_num_seqs, config.num_heads, config.num_kv_heads)
-    of_slots = max_num_seqs * (3 * 4 * config.vocab_size + 4 * max_pages + SLOT_BYTES)
-    of_scores = 4 * PIECE_ROWS * config.vocab_size
+    # Logits, adjusted ones, histories, and a copy of the logits of which log-probabilities are asked.
+    of_slots = max_num_seqs * (4 * 4 * config.vocab_size + 4 * max_pages + SLOT_BYTES)
+    of_scores = 2 * 4 * PIECE_ROWS * config.vocab_size  # of a piece, and of the one before until it is there
     of_head = max(max_num_seqs, PIECE_ROWS) * (2 * config.hidden_size + 4)
     widest = max(config.hidden_size, config.query_size, config.ffn_size)
     row = 2 * (2 * config.hidden_size + 2 * config.query_size + 2 * config.kv_size + 2 * config.ffn_size) + 3 * widest
@@ -175,11 +177,13 @@ class CudaRunner:
         kv_dtype: str = "auto",
         head_dtype: str = "auto",
         progress: Progress | None = None,
+        phases: Phases | None = None,
         **limits: int,
     ) -> CudaRunner:
         """Of a checkpoint; ConfigError when it cannot be read, or the kernels do not serve its sizes or a dtype.
 
-        `limits`: num_pages, num_host_pages, max_num_seqs, max_model_len, max_step_tokens.
+        `limits`: num_pages, num_host_pages, max_num_seqs, max_model_len, max_step_tokens. `phases` is told when the weights are
+        there.
         """
         config = read_model_config(folder)
         _check_sizes(config)
@@ -192,6 +196,8 @@ class CudaRunner:
             )
         with torch.inference_mode():
             weights = load_weights(folder, config, device=device.torch_device, weight_format=kept, progress=progress)
+        if phases is not None:
+            phases.end("weights")
         return cls(config, weights, device, weight_format=kept, kv_dtype=kv, **limits)
 
     def launch(self, plan: StepPlan) -> CudaStep:
@@ -218,7 +224,7 @@ class CudaRunner:
             memory = self._staging.begin()
             self._upload(memory, tokens, shape, draw)
             width = self._drawer.width_for(len(draw.slots)) if draw.slots else 0
-            head = HeadShape(width, is_gathered=not tokens.are_all_sampled)
+            head = HeadShape(width, is_gathered=not is_one_graph)
             if is_one_graph:
                 self._graphs.replay(shape, head, DrawShape(width))
             else:

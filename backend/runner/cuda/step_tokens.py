@@ -77,12 +77,12 @@ def lay_out(plan: StepPlan, prompts: list[tuple[int, ...]]) -> StepTokens:
     for index, row in enumerate(rows):
         if row.token_ids:
             token_ids[firsts[index] : ends[index]] = row.token_ids
-    behind_first: Int32Array = np.arange(len(slots), dtype=np.int32) - firsts.repeat(sizes)
+    positions = np.arange(len(slots), dtype=np.int32) + np.subtract(starts, firsts).repeat(sizes)
     sampled_rows = np.flatnonzero([row.is_sampled for row in rows])
     return StepTokens(
         token_ids,
         slots,
-        starts.repeat(sizes) + behind_first,
+        positions,
         int(ends[num_generated_rows - 1]) if num_generated_rows else 0,
         tuple([Chunk(row.slot, row.start, row.num_tokens) for row in rows[num_generated_rows:]]),
         ends[sampled_rows] - np.int32(1),

@@ -23,10 +23,38 @@ def prompt_us(config: ModelConfig, length: int, bytes_per_us: float) -> float:
 
     The tensor cores' rates are those of the datasheet. A short prompt takes as long as reading the weights.
     """
-    linears_us = 2 * _linear_weights(config) * length / FP8_FLOP_PER_US
-    attention_us = 2 * config.num_layers * config.query_size * length * (length + 1) / HALF_FLOP_PER_US
     weights_us = _linear_weights(config) / bytes_per_us
-    return max(linears_us, weights_us) + attention_us
+    return max(_linears_us(config, length), weights_us) + _attention_us(config, length)
+
+
+def serving_us(
+    config: ModelConfig,
+    weight_format: WeightFormat,
+    kv_bytes: int,
+    *,
+    prompt: int,
+    output: int,
+    batch: float,
+    bytes_per_us: float,
+) -> float:
+    """Microseconds in which `batch` requests, always so many at a time, can be served at best: prompts and answers.
+
+    The larger of the bytes of `output` steps, each at the mean context, and of the products of all tokens: as if both overlapped
+    perfectly, which no engine reaches, so it is a bound.
+    """
+    step_bytes = decode_bytes(config, weight_format, kv_bytes, 1, 0)
+    row_bytes = decode_bytes(config, weight_format, kv_bytes, 1, prompt + output // 2) - step_bytes
+    bytes_us = output * (step_bytes + batch * row_bytes) / bytes_per_us
+    return max(bytes_us, batch * (_linears_us(config, prompt + output) + _attention_us(config, prompt)))
+
+
+def _linears_us(config: ModelConfig, num_tokens: int) -> float:
+    return 2 * _linear_weights(config) * num_tokens / FP8_FLOP_PER_US
+
+
+def _attention_us(config: ModelConfig, length: int) -> float:
+    """Causal attention of a prompt to itself."""
+    return 2 * config.num_layers * config.query_size * length * (length + 1) / HALF_FLOP_PER_US
 
 
 def _linear_weights(config: ModelConfig) -> int:

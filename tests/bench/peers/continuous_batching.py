@@ -10,6 +10,7 @@ of streams, then waits for SIGTERM.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -20,13 +21,12 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from client.load import LoadPlan
 from client.load_report import LoadReport
-from client.params import GenerationParams
+from tests.bench.peers.closed_loop import closed_loop
 
-_PAGE_TOKENS = 64
+PAGE_TOKENS = 64
 _MAX_BATCH_TOKENS = 512
-_NO_END = -1
+NO_END = -1
 
 
 async def ask(
@@ -48,38 +48,20 @@ async def ask(
             return list(result.generated_tokens)
 
 
-async def measure(manager: Any, job: dict[str, Any], num_streams: int) -> dict[str, Any]:
-    """The report of `num_streams` requests at a time for the job's seconds; what is left then is cancelled."""
-    plan = LoadPlan(
-        url=None, model="", num_streams=num_streams, num_requests=1, num_prompt_tokens=job["num_prompt_tokens"],
-        max_seconds=job["seconds"], first_id=1000, last_id=3999, seed=num_streams, params=GenerationParams(),
-    )  # fmt: skip
-    report = LoadReport(num_streams=num_streams, num_prompt_tokens=plan.num_prompt_tokens)
-    running: set[str] = set()
+async def measure(manager: Any, job: dict[str, Any], num_streams: int) -> LoadReport:
+    """`num_streams` requests at a time for the job's seconds; what is left then is cancelled."""
+    names, running = (f"{num_streams}-{number}" for number in itertools.count()), set[str]()
 
-    async def work(stream: int) -> None:
-        index = stream
-        while True:
-            request_id = f"{num_streams}-{index}"
-            running.add(request_id)
-            await ask(manager, request_id, list(plan.prompt(index)), job["max_tokens"], _NO_END, report)
-            running.discard(request_id)
-            report.num_done += 1
-            index += num_streams
+    async def ask_next(prompt: list[int], report: LoadReport) -> None:
+        running.add(name := next(names))
+        await ask(manager, name, prompt, job["max_tokens"], NO_END, report)
+        running.discard(name)
 
-    report.start()
-    workers = [asyncio.create_task(work(stream)) for stream in range(num_streams)]
-    await asyncio.wait(workers, timeout=job["seconds"], return_when="FIRST_EXCEPTION")
-    report.end()
-    for worker in workers:
-        worker.cancel()
-    for outcome in await asyncio.gather(*workers, return_exceptions=True):
-        if not isinstance(outcome, asyncio.CancelledError):
-            raise RuntimeError(f"a stream ended: {outcome!r}")
-    for request_id in running:
-        manager.cancel_request(request_id)
+    report = await closed_loop(ask_next, num_streams, job["seconds"], job["num_prompt_tokens"])
+    for name in running:
+        manager.cancel_request(name)
     await asyncio.sleep(0.5)
-    return report.numbers()
+    return report
 
 
 async def serve(manager: Any, job: dict[str, Any]) -> None:
@@ -88,7 +70,21 @@ async def serve(manager: Any, job: dict[str, Any]) -> None:
     answers = [await ask(manager, f"a-{i}", ids, 160, job["end_id"], scratch) for i, ids in enumerate(job["prompts"])]
     print(json.dumps(answers), flush=True)
     for num_streams in job["streams"]:
-        print(json.dumps(await measure(manager, job, num_streams)), flush=True)
+        print((await measure(manager, job, num_streams)).as_json(), flush=True)
+
+
+def start_manager(
+    model: Any, *, max_tokens: int, num_blocks: int, max_batch_tokens: int = _MAX_BATCH_TOKENS, is_sampled: bool = False
+) -> Any:
+    """Its manager with its thread running; ids are drawn at temperature 1 when `is_sampled`, else greedy."""
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(max_new_tokens=max_tokens, do_sample=is_sampled),
+        continuous_batching_config=ContinuousBatchingConfig(
+            page_size=PAGE_TOKENS, num_blocks=num_blocks, max_batch_tokens=max_batch_tokens
+        ),
+    )
+    manager.start()
+    return manager
 
 
 def main(job: dict[str, Any]) -> None:
@@ -96,15 +92,9 @@ def main(job: dict[str, Any]) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     torch.set_num_threads(job["num_threads"])
     model: Any = AutoModelForCausalLM.from_pretrained(job["checkpoint"], dtype=torch.float32).eval()
-    tokens_per_stream = job["num_prompt_tokens"] + job["max_tokens"] + _PAGE_TOKENS
-    num_blocks = max(job["streams"]) * tokens_per_stream // _PAGE_TOKENS + 16
-    manager = model.init_continuous_batching(
-        generation_config=GenerationConfig(max_new_tokens=job["max_tokens"], do_sample=False),
-        continuous_batching_config=ContinuousBatchingConfig(
-            page_size=_PAGE_TOKENS, num_blocks=num_blocks, max_batch_tokens=_MAX_BATCH_TOKENS
-        ),
-    )
-    manager.start()
+    tokens_per_stream = job["num_prompt_tokens"] + job["max_tokens"] + PAGE_TOKENS
+    num_blocks = max(job["streams"]) * tokens_per_stream // PAGE_TOKENS + 16
+    manager = start_manager(model, max_tokens=job["max_tokens"], num_blocks=num_blocks)
     asyncio.run(serve(manager, job))
     signal.sigwait({signal.SIGTERM})
     os._exit(0)  # the manager's thread would be waited for

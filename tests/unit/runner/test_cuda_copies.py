@@ -34,8 +34,8 @@ def device() -> HostOnlyDevice:
 
 @pytest.fixture
 def runner(device: HostOnlyDevice) -> CudaRunner:
-    limits = {"num_pages": 64, "max_num_seqs": 8, "max_model_len": 1024, "max_step_tokens": 512}
-    return runner_of(TOY, allocate_weights(TOY, device.torch_device, FP8), device, **limits)
+    weights = allocate_weights(TOY, device.torch_device, FP8)
+    return runner_of(TOY, weights, device, num_pages=64, max_num_seqs=8, max_model_len=1024, max_step_tokens=512)
 
 
 @pytest.fixture
