@@ -10,13 +10,14 @@ copies and a graph, and records an event. With --profile, where the time goes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import cProfile
 import gc
 import pstats
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -63,6 +64,17 @@ def step_times_ms(num_sequences: int, num_steps: int, profile: cProfile.Profile 
     return times_ms[_WARM_UP_STEPS:]
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """A copy of a few kilobytes is no work for several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.bench_runner_host")
@@ -71,12 +83,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--no-results", action="store_true", help="only print")
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)  # a copy of a few kilobytes is no work for several
     results = conditions("tests.bench.bench_runner_host", sys.argv[1:] if argv is None else argv)
     results |= {"steps": arguments.steps, "context": _CONTEXT, "cells": []}
     for num_sequences in arguments.sequences:
         profile = cProfile.Profile() if arguments.profile else None
-        times_ms = step_times_ms(num_sequences, arguments.steps, profile)
+        with one_thread():
+            times_ms = step_times_ms(num_sequences, arguments.steps, profile)
         cell = {
             "sequences": num_sequences,
             "median_ms": round(statistics.median(times_ms), 3),
