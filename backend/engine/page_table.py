@@ -12,6 +12,8 @@ class PageTable:
     used at once; none while anything is swapped out. Both are kept up to date, since every step asks for every sequence.
     """
 
+    __slots__ = ("_device", "_host", "num_ready_tokens", "page_ids")
+
     def __init__(self) -> None:
         self._device: list[int | None] = []
         self._host: dict[int, int] = {}

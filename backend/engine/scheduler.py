@@ -179,7 +179,7 @@ class Scheduler:
         prefills: list[PlanRow] = []
         # As `can_decode` says; this is asked hundreds of times a step.
         is_decoding = [
-            sequence.num_draws_left > 0 and sequence.group.num_unsent < sequence.group.most_unsent
+            sequence.num_planned_tokens < sequence.decode_end and sequence.group.num_unsent < sequence.group.most_unsent
             for sequence in self._running
         ]
         budget = self.limits.max_step_tokens - sum(is_decoding)
@@ -190,7 +190,7 @@ class Scheduler:
                     if self._make_ready(sequence, position, sequence.num_planned_tokens + (len(known_ids) or 1)):
                         decodes.append(sequence.guided_row(known_ids))
                         budget -= decodes[-1].num_forced
-                elif sequence.num_planned_tokens < sequence.kv.table.num_ready_tokens or self._make_ready(
+                elif sequence.num_planned_tokens < sequence.table.num_ready_tokens or self._make_ready(
                     sequence, position, sequence.num_planned_tokens + 1
                 ):
                     decodes.append(sequence.decode_row())

@@ -52,17 +52,26 @@ class Sequence:
     """One of a request's `num_return_sequences` generations.
 
     `num_planned_tokens` counts positions whose step was planned, `num_in_flight` steps that were launched and not committed,
-    `num_draws_left` what `max_tokens` leaves to be planned while it decodes (0 in other phases). Pages and slot are held from
-    admission until the sequence is FINISHED and nothing of it is in flight.
+    `decode_end`, while it decodes, the position where `max_tokens` ends its planning (0 in other phases). Pages and slot are held
+    from admission until the sequence is FINISHED and nothing of it is in flight.
     """
+
+    # NOTE: slots, and what a step needs close at hand: hundreds of these are visited in each, and what that costs is memory.
+    __slots__ = (
+        *("decode_end", "first_scheduled_time_ns", "first_token_time_ns", "group", "guide", "handle", "has_started"),
+        *("index", "is_echo_due", "is_text_free", "kv", "last_token_time_ns", "num_cached_tokens", "num_in_flight"),
+        *("num_planned_tokens", "output_ids", "phase", "prompt_log_probs", "rank", "request", "slot", "table", "text"),
+    )
 
     def __init__(self, group: RequestGroup, index: int, text: TextStream, holder: Holder) -> None:
         self.group = group
         self.request = group.request
+        self.handle = group.request.handle
         self.index = index
         self.rank = (group.rank_ns, group.order, index)
         self.text = text
         self.kv = holder
+        self.table = holder.table
         self.guide: Matcher | None = None
         self.phase = Phase.WAITING
         self.slot = -1
@@ -70,7 +79,8 @@ class Sequence:
         self.num_planned_tokens = 0
         self.num_cached_tokens = 0
         self.num_in_flight = 0
-        self.num_draws_left = 0
+        self.decode_end = 0
+        self.is_text_free = False
         self.output_ids: list[int] = []
         self.prompt_log_probs: list[TokenLogProbs] = []
         self.is_echo_due = group.request.echo
@@ -91,12 +101,12 @@ class Sequence:
     @property
     def can_decode(self) -> bool:
         """Whether the next step may draw for it: `max_tokens` leaves room, and the stream is not far ahead of its client."""
-        return self.num_draws_left > 0 and self.group.num_unsent < self.group.most_unsent
+        return self.num_planned_tokens < self.decode_end and self.group.num_unsent < self.group.most_unsent
 
     @property
     def num_draws_in_flight(self) -> int:
         """Output ids that steps in flight will give, forced ones included."""
-        return self.request.max_tokens - self.num_draws_left - len(self.output_ids)
+        return self.request.max_tokens - (self.decode_end - self.num_planned_tokens) - len(self.output_ids)
 
     @property
     def is_releasable(self) -> bool:
@@ -120,16 +130,14 @@ class Sequence:
         start = self.num_planned_tokens
         self.num_planned_tokens = start + 1
         self.num_in_flight += 1
-        self.num_draws_left -= 1
-        return PlanRow(self.slot, start, 1, (), self.kv.table.page_ids, True)
+        return PlanRow(self.slot, start, 1, (), self.table.page_ids, True)
 
     def guided_row(self, known_ids: tuple[int, ...]) -> PlanRow:
         """As `decode_row`, where a grammar masks the draw and may force ids before it (`known_ids`)."""
         start, num_tokens = self.num_planned_tokens, len(known_ids) or 1
         self.num_planned_tokens = start + num_tokens
         self.num_in_flight += 1
-        self.num_draws_left -= num_tokens
-        page_ids, num_forced = self.kv.table.page_ids, num_tokens - 1
+        page_ids, num_forced = self.table.page_ids, num_tokens - 1
         return PlanRow(self.slot, start, num_tokens, known_ids, page_ids, True, num_forced=num_forced, is_guided=True)
 
     def prefill_row(self, end: int) -> PlanRow:
@@ -143,13 +151,13 @@ class Sequence:
         self.num_in_flight += 1
         if is_last:
             self.phase = Phase.DECODE
-            self.num_draws_left = request.max_tokens - is_sampled
+            self.decode_end = end + request.max_tokens - 1
         return PlanRow(
             self.slot,
             start,
             end - start,
             request.prompt_token_ids[start:end],
-            self.kv.table.page_ids,
+            self.table.page_ids,
             is_sampled,
             slot_start,
             request.num_prompt_logprobs if self.index == 0 else None,
@@ -158,17 +166,28 @@ class Sequence:
 
     def append(self, token_id: int, log_prob: TokenLogProbs | None, now_ns: int) -> TokenEvent:
         """Take over the next id; the event ends the sequence when the id, a stop string or the length does."""
-        request, group = self.request, self.group
         self.output_ids.append(token_id)
         self.last_token_time_ns = now_ns
+        group = self.group
         group.num_unsent += 1
-        if self.num_draws_left and self.first_token_time_ns and token_id not in group.ending_ids:
+        num_bytes = group.lengths_alone[token_id] if self.is_text_free else self.text.num_bytes_alone(token_id)
+        if (
+            num_bytes
+            and self.num_planned_tokens < self.decode_end
+            and self.first_token_time_ns
+            and token_id not in group.ending_ids_with_text
+        ):
             # What nearly every id is, and hundreds of them in every step: in the middle, with text that goes out as it is.
-            num_bytes = self.text.num_bytes_alone(token_id)
-            if num_bytes:
-                ids = (token_id,)
-                log_probs = () if log_prob is None else (log_prob,)
-                return TokenEvent(request.handle, self.index, ids, ids, 0, num_bytes, False, None, False, log_probs)
+            ids = (token_id,)
+            log_probs = () if log_prob is None else (log_prob,)
+            return TokenEvent(self.handle, self.index, ids, ids, 0, num_bytes, False, None, False, log_probs)
+        event = self._append(token_id, log_prob, now_ns)
+        self.is_text_free = self.text.is_free
+        return event
+
+    def _append(self, token_id: int, log_prob: TokenLogProbs | None, now_ns: int) -> TokenEvent:
+        """`append` where anything may happen: a beginning, an end, text that is held back."""
+        request = self.request
         num_outputs = len(self.output_ids)
         echoed: tuple[int, ...] = ()
         if num_outputs == 1:
@@ -235,7 +254,7 @@ class Sequence:
     def _finish(self, reason: FinishReason, stop_reason: str = "") -> Finish:
         assert self.phase is not Phase.FINISHED, "a sequence ends once"
         self.phase = Phase.FINISHED
-        self.num_draws_left = 0
+        self.decode_end = 0
         self.group.num_unfinished -= 1
         return Finish(
             reason,
@@ -265,6 +284,12 @@ class RequestGroup:
     generated and not yet sent to the client; from `most_unsent` on, the request pauses.
     """
 
+    __slots__ = (  # NOTE: as in Sequence
+        *("arrival_time_ns", "deadline_ns", "end_id", "ending_ids", "ending_ids_with_text", "has_tokens", "is_ready"),
+        *("lengths_alone", "most_unsent", "num_running", "num_unfinished", "num_unsent", "num_waiting", "order"),
+        *("rank_ns", "request", "sequences"),
+    )
+
     def __init__(
         self,
         request: GenerationRequest,
@@ -292,6 +317,8 @@ class RequestGroup:
         self.most_unsent = most_unsent
         self.end_id = eos_id if request.end_id is None else request.end_id
         self.ending_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else {self.end_id})
+        self.lengths_alone = texts.lengths_alone
+        self.ending_ids_with_text = frozenset(each for each in self.ending_ids if texts.token_bytes[each])
         may_read = has_prefix_cache and request.num_prompt_logprobs is None
         salt = f"tenant:{request.cache_salt}" if may_read else f"request:{request.handle}"
         stops = tuple(StopString.compile(text) for text in dict.fromkeys(request.stop_strings))

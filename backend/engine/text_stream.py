@@ -53,15 +53,17 @@ def _may_begin_character(prefix: bytes) -> bool:
 class TokenTexts:
     """The bytes of every id, and `lengths_alone`: how many, of an id behind which the text may be cut if it may be cut before it.
 
-    0 stands for an id without text, or whose text ends in an unfinished character.
+    0 stands for an id without text, or whose text ends in an unfinished character or is longer than 255 bytes.
 
-    >>> TokenTexts((b"", b"ab", "€".encode(), "€".encode()[:2])).lengths_alone
-    (0, 2, 3, 0)
+    >>> list(TokenTexts((b"", b"ab", "€".encode(), "€".encode()[:2])).lengths_alone)
+    [0, 2, 3, 0]
     """
 
     def __init__(self, token_bytes: Sequence[bytes]) -> None:
         self.token_bytes = token_bytes
-        self.lengths_alone = tuple([0 if num_unfinished_bytes(text) else len(text) for text in token_bytes])
+        self.lengths_alone = bytes(
+            [0 if num_unfinished_bytes(text) or len(text) > 255 else len(text) for text in token_bytes]
+        )
 
 
 class TextStream:
@@ -92,6 +94,11 @@ class TextStream:
         ):
             return 0
         return self._lengths_alone[token_id]
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing is held back and no stop strings are looked for: `num_bytes_alone` is what `lengths_alone` says."""
+        return self._matcher is None and not self._held
 
     def append_echo(self, token_ids: Sequence[int]) -> None:
         """Add the prompt's ids: their text is sent, stop strings are not looked for in it."""

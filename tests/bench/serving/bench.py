@@ -158,8 +158,7 @@ def line(cell: dict[str, Any]) -> str:
         numbers = cell["capacity"]
     share = f" ({numbers['share']:.0%} of the roofline)" if "share" in numbers else ""
     times = "".join(
-        f"  {title} p50 {numbers[f'{name}_p50_ms']} ms, p99 {numbers[f'{name}_p99_ms']}"
+        f"  {title} p50 {numbers[f'{name}_p50_ms']} ms, p99 {numbers.get(f'{name}_p99_ms')}"
         for name, title in (("first_token", "first token"), ("inter_token", "then a token"))
-        if f"{name}_p50_ms" in numbers
     )
     return f"{head}  {numbers['tokens_per_s']:>9,.1f} tokens/s{share}{times}"

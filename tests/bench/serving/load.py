@@ -46,7 +46,8 @@ class Load:
     def capacity(self, window_s: float) -> dict[str, Any]:
         """Numbers of the steady state with always as many requests as the scenario says, over `window_s`.
 
-        ServingError when it does not come, or not last, within the patience.
+        Or a multiple of it, until as many tokens came as requests run. ServingError when that, or the steady state, does not come
+        within the patience.
         """
         level, began_s = self._scenario.num_concurrent, self._now_s()
         self._ramp_up(began_s + self._patience_s)
@@ -54,12 +55,15 @@ class Load:
         while (steady := plateau(self.records, level)) is None:
             self._turn(_TURN_S)
             self._check(began_s + self._patience_s)
-        window = Window(steady.begin_s, steady.begin_s + window_s)
-        self._run_until_counted(window, lambda: self._turn(_TURN_S))
+        window, numbers = Window(steady.begin_s, steady.begin_s), dict[str, Any](output_tokens=0)
+        while numbers["output_tokens"] < level:
+            window = Window(window.begin_s, window.end_s + window_s)
+            self._run_until_counted(window, lambda: self._turn(_TURN_S))
+            numbers = summarise(self.records, window, self._now_s())
+            self._check(window.begin_s + window_s + self._patience_s)
         steady = plateau(self.records, level)
         assert steady is not None
         assert steady.end_s >= window.end_s, "a closed loop replaces each request that ends"
-        numbers = summarise(self.records, window, self._now_s())
         return {"ramp_up_s": round(steady.begin_s - began_s, 3)} | numbers | self._requests_per_s(numbers)
 
     def poisson(

@@ -28,7 +28,8 @@ from tests.bench.serving.vllm_way import vllm_way
 from tests.bench.serving.way import Way
 
 Say = Callable[[dict[str, Any]], None]
-_VLLM, _STATIC, _ = PEERS
+_VLLM, _STATIC, _TRANSFORMERS = PEERS
+_WAYS: dict[str, Callable[[Path, Scale, torch.device], Way]] = {_VLLM: vllm_way, _TRANSFORMERS: transformers_way}
 
 
 def measure_peer(name: str, job: dict[str, Any], say: Say) -> None:
@@ -45,7 +46,7 @@ def measure_peer(name: str, job: dict[str, Any], say: Say) -> None:
         if name == _STATIC:
             measure_static_batch(scale, device, time_is_left, say)
         else:
-            way = (vllm_way if name == _VLLM else transformers_way)(Path(job["checkpoint"]), scale, device)
+            way = _WAYS[name](Path(job["checkpoint"]), scale, device)
             _measure_way(way, scale, time_is_left, say)
     except Exception as problem:  # whatever a peer does, our own measurement goes on, and this is in the results
         say({"missing": f"{type(problem).__name__}: {str(problem).partition(chr(10))[0][:300]}"})

@@ -50,14 +50,14 @@ SMALL = Scale(
     settle_s=0.5,
     patience_s=60.0,
 )
-# On the emulator a step takes a good part of a second.
+# On the emulator a step takes a good part of a second, and the first one waits until its kernels are compiled.
 EMULATED = Scale(
     "toy",
     TOY,
-    (replace(SCENARIOS[0].smaller(200, 2), prompt_tokens=70),),
-    {"max_num_seqs": "2", "max_model_len": "128", "max_step_tokens": "64"},
-    window_s=5.0,
+    (SCENARIOS[0].smaller(200, 2),),
+    {"max_num_seqs": "2", "max_model_len": "128", "max_step_tokens": "16"},
+    window_s=2.0,
     settle_s=0.0,
-    patience_s=60.0,
+    patience_s=180.0,
     shares=(),
 )

@@ -19,6 +19,7 @@ from tests.bench.serving.scale import Scale
 from tests.bench.serving.way import Progress, ServingError
 
 _IDLE_S = 0.5
+_STOP_TIMEOUT_S = 10.0
 
 
 class TransformersWay:
@@ -55,7 +56,8 @@ class TransformersWay:
         time.sleep(_IDLE_S)
 
     def close(self) -> None:
-        """Its process ends with this one."""
+        """End its thread."""
+        self._manager.stop(block=True, timeout=_STOP_TIMEOUT_S)
 
     def _next(self) -> Any:
         try:
