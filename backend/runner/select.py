@@ -145,7 +145,7 @@ def _cuda(settings: Settings, config: ModelConfig, progress: Progress, phases: P
     num_steps = run_steps(runner, step_sizes(settings.max_num_seqs, settings.max_step_tokens), limits)
     phases.end("warm-up")
     description = runner.describe() | plan.lines(num_host_pages)
-    description |= {"warm_up": f"{num_steps} steps, one for each shape that is captured"}
+    description |= {"warm_up": f"{num_steps} steps, which come to every graph"}
     description |= {"max_model_len": why, "reason": "asked for by the setting runner; not yet run on hardware by us"}
     return ServedModel(runner, config.vocab_size, max_model_len, _GPU_STEP_TIMEOUT_S, True, description)
 

@@ -19,6 +19,7 @@ from kernels.clock import GpuClock
 from kernels.launch import Launch
 from kernels.ops import select_ops
 from kernels.program import Program
+from tests.bench import bench_runner_host
 from tests.bench.conditions import RESULTS
 from tests.bench.gpu import __main__ as command
 from tests.bench.gpu.floor import decode_bytes
@@ -159,6 +160,13 @@ def test_a_peer_becomes_a_graph_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     run = replayed(lambda: steps.append("run"), SimpleNamespace(torch_device=torch.device("cuda", 0)))
     run()
     assert steps == ["run", "replay"]
+
+
+def test_what_a_step_costs_the_host_needs_no_device(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_runner_host.main(["--sequences", "1", "3", "--steps", "70", "--no-results"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines] == ["sequences", "---:", "1", "3"]
+    assert all(float(line.split("|")[2]) > 0 for line in lines[2:])
 
 
 def test_spans_are_named_by_what_was_launched() -> None:

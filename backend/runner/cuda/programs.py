@@ -13,12 +13,14 @@ from backend.runner.memory_plan import PIECE_ROWS
 from kernels import (
     decode_attention,
     embedding,
+    gather_rows,
     large_gemm,
     log_probs,
     prefill_attention,
     rmsnorm,
     rope_kv,
     sample,
+    scatter,
     skinny_gemm,
     swiglu,
 )
@@ -38,10 +40,12 @@ def programs_of(
 
     heads, kv_heads, hidden = config.num_heads, config.num_kv_heads, config.hidden_size
     found = [
+        scatter.program(),
         embedding.program(hidden),
         rope_kv.program(heads, kv_heads, is_fp8=is_fp8_kv, is_interleaved=False),
         decode_attention.program(1, 1, is_fp8=False, output=0),
         rmsnorm.program(hidden, has_addend=True, quantisation=quantisation("head")),
+        gather_rows.program(hidden * (1 if is_fp8(config, weight_format, "head") else 2)),
         sample.program(),
         log_probs.program(),
     ]

@@ -39,8 +39,8 @@ def cuda_workspace_bytes(config: ModelConfig, max_num_seqs: int, max_model_len: 
     """Bytes beside weights and KV pages, at most: logits and sampler state of every slot, a step's activations and attention."""
     max_pages = -(-max_model_len // PAGE_TOKENS)
     num_tiles = most_tiles(max_step_tokens, max_num_seqs, config.num_heads, config.num_kv_heads)
-    # Logits, adjusted ones, histories, and a copy of the logits of which log-probabilities are asked; a mask.
-    of_slots = max_num_seqs * (4 * 4 * config.vocab_size + config.vocab_size // 8 + 4 * max_pages + SLOT_BYTES)
+    # Logits, adjusted ones, histories, and a copy of the logits of which log-probabilities are asked.
+    of_slots = max_num_seqs * (4 * 4 * config.vocab_size + 4 * max_pages + SLOT_BYTES)
     of_scores = 2 * 4 * PIECE_ROWS * config.vocab_size  # of a piece, and of the one before until it is there
     of_head = max(max_num_seqs, PIECE_ROWS) * (2 * config.hidden_size + 4)
     widest = max(config.hidden_size, config.query_size, config.ffn_size)
@@ -98,6 +98,8 @@ class CudaStep:
         return StepResult(self._drawn.token_ids(), self._drawn.log_probs(), self._prompt_log_probs())
 
     def _prompt_log_probs(self) -> tuple[tuple[TokenLogProbs, ...], ...]:
+        if not self._scores:
+            return ()
         found = tuple(tuple(score for piece in pieces for score in piece.for_plan()) for pieces in self._scores)
         asking = [row for row in self._rows if row.num_prompt_logprobs is not None]
         broken = [
@@ -211,18 +213,18 @@ class CudaRunner:
                 if row.slot_start is not None:
                     self._state.start(row.slot, row.slot_start)
                     self._prompts[row.slot] = row.slot_start.prompt_token_ids
+                if row.num_forced:
+                    self._state.force(row.slot, to_device(self._device, row.forced_ids))
             self._state.set_pages(plan.rows)
             tokens = lay_out(plan, self._prompts)
             shape = shape_of(tokens, self.max_step_tokens)
-            is_one_graph = tokens.are_all_sampled and not tokens.chunks and not plan.needs_masks
-            draw = self._draw_of(plan, tokens, is_launched=is_one_graph)
+            guided = [row.slot for row in plan.rows if row.is_guided and row.is_sampled]
+            is_one_graph = tokens.are_all_sampled and not tokens.chunks and not guided
+            draw = self._draw_of(tokens, guided, is_launched=is_one_graph)
             memory = self._staging.begin()
-            self._upload(memory, plan, tokens, shape, draw)
-            for row in plan.rows:
-                if row.num_forced:
-                    self._state.force(row.slot, to_device(self._device, row.forced_ids))
+            self._upload(memory, tokens, shape, draw)
             width = self._drawer.width_for(len(draw.slots)) if draw.slots else 0
-            head = HeadShape(width, is_gathered=not tokens.are_all_sampled)
+            head = HeadShape(width, is_gathered=not is_one_graph)
             if is_one_graph:
                 self._graphs.replay(shape, head, DrawShape(width))
             else:
@@ -271,13 +273,12 @@ class CudaRunner:
             case DrawShape():
                 self._drawer.run_draw(part)
 
-    def _draw_of(self, plan: StepPlan, tokens: StepTokens, *, is_launched: bool) -> StepDraw:
-        guided = [row.slot for row in plan.rows if row.is_guided and row.is_sampled]
+    def _draw_of(self, tokens: StepTokens, guided: list[int], *, is_launched: bool) -> StepDraw:
         num_tops = self._state.num_tops[tokens.sampled_slots]
         scored = np.flatnonzero(num_tops >= 0)
         return StepDraw(tokens.sampled_slots.tolist(), guided, scored.tolist(), num_tops[scored].tolist(), is_launched)
 
-    def _upload(self, memory: StepMemory, plan: StepPlan, tokens: StepTokens, shape: StepShape, draw: StepDraw) -> None:
+    def _upload(self, memory: StepMemory, tokens: StepTokens, shape: StepShape, draw: StepDraw) -> None:
         """Write what the device must know of the step, and start its copy."""
         inputs = memory.inputs
         num_tokens, num_sampled = len(tokens.token_ids), len(tokens.sampled)
@@ -313,6 +314,8 @@ class CudaRunner:
         self._staging.upload(memory, len(updates))
 
     def _score(self, plan: StepPlan, tokens: StepTokens, hidden: LinearInput) -> tuple[list[TokenScores], ...]:
+        if not tokens.scored:
+            return ()
         asking = [row for row in plan.rows if row.num_prompt_logprobs is not None]
         return tuple(
             self._drawer.score(

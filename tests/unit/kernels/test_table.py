@@ -62,4 +62,4 @@ def test_commands_refuse_what_they_cannot_do(
     assert main(["check", "rms"]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert errors[:2] == ["kernels: no GPU: torch sees none on this machine"] * 2
-    assert errors[2].startswith("kernels: no operation 'rms', expected one of embedding, ")
+    assert errors[2].startswith("kernels: no operation 'rms', expected one of scatter, ")

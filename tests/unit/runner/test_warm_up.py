@@ -17,7 +17,7 @@ from backend.phases import Phases
 from backend.runner.cuda.attention import StepShape, shape_of
 from backend.runner.cuda.programs import programs_of
 from backend.runner.cuda.runner import CudaRunner
-from backend.runner.cuda.step_tokens import StepTokens
+from backend.runner.cuda.step_tokens import StepTokens, step_widths, width_for
 from backend.runner.cuda.warm_up import step_sizes
 from backend.runner.placement import choose_dtypes
 from backend.runner.select import make_runner
@@ -120,7 +120,10 @@ def test_nothing_is_captured_afterwards_and_results_are_as_ever(tmp_path: Path) 
     folder, device = make_checkpoint(tmp_path, **SIZES), CountingDevice(PLAIN[0])
     cold, warm = load(folder, EmulatedDevice(PLAIN[0]), 16), load(folder, device, 16)
     num_steps = warm_up(warm)
-    assert device.num_captures == num_steps == len(list(step_sizes(MAX_NUM_SEQS, 16)))
+    # A graph for each step, and a head and a draw for each width of them.
+    num_captures = num_steps + 2 * len(step_widths(MAX_NUM_SEQS))
+    assert num_steps == len(list(step_sizes(MAX_NUM_SEQS, 16)))
+    assert device.num_captures == num_captures
 
     def stories() -> list[Story]:
         params = SamplingParams(temperature=0.8, top_p=0.9, seed=7, repetition_penalty=1.2)
@@ -135,7 +138,7 @@ def test_nothing_is_captured_afterwards_and_results_are_as_ever(tmp_path: Path) 
         assert_same(found, expected)
     run(warm, *stories())
     warm.launch(StepPlan(0, (forced_row(7),))).draw({})
-    assert device.num_captures == num_steps
+    assert device.num_captures == num_captures
 
 
 def forced_row(num_tokens: int) -> PlanRow:
@@ -152,8 +155,17 @@ def test_each_step_has_a_shape_of_its_own_and_none_is_missing(max_num_seqs: int,
         )
         return shape_of(cast(StepTokens, tokens), max_step_tokens)
 
-    shapes = [shape(size) for size in step_sizes(max_num_seqs, max_step_tokens)]
+    sizes = list(step_sizes(max_num_seqs, max_step_tokens))
+    shapes = [shape(size) for size in sizes if size.is_guided]
     assert len(set(shapes)) == len(shapes)
+    # Those of generated tokens alone also as one graph, with a head and a draw as wide as the step's rows want.
+    alone = [size for size in sizes if not size.is_guided]
+    graphs = {(shape(size), width_for(size.num_generated, max_num_seqs)) for size in alone}
+    assert len(graphs) == len(alone)
+    assert graphs == {
+        (shape(StepSize(number, 0)), width_for(number, max_num_seqs))
+        for number in range(1, min(max_num_seqs, max_step_tokens) + 1)
+    }
     possible = {
         shape(StepSize(num_generated, num_prompt))
         for num_generated in range(max_num_seqs + 1)
@@ -193,4 +205,4 @@ def test_a_server_with_the_cuda_runner_says_where_its_start_went(
     served = make_runner(settings, lambda what, done, total: None, phases)
     assert list(phases.fields()["fields"]["phases_s"]) == ["device", "weights", "memory", "kernels", "warm-up"]
     assert set(built) == device.programs
-    assert served.description["warm_up"] == "5 steps, one for each shape that is captured"
+    assert served.description["warm_up"] == "6 steps, which come to every graph"
