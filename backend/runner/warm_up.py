@@ -75,7 +75,6 @@ def run_steps(runner: ModelRunner, sizes: Iterable[StepSize], limits: Limits) ->
 def _rows(size: StepSize, limits: Limits) -> tuple[PlanRow, ...] | None:
     """Rows that share no page; None when there are too few pages or slots."""
     rows: list[PlanRow] = []
-    first_page = left = 0
     for slot in range(size.num_generated):
         start = SlotStart(_PARAMS, (_TOKEN_ID,), 1, (0,), MAX_LOGPROBS)
         # The token behind a prompt of one, given as a grammar would, since nothing was drawn before.

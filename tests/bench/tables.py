@@ -191,6 +191,21 @@ def peers_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def long_context_table(results: dict[str, Any]) -> str:
+    """Of bench_long_context: percent by length, a column for each kernel, context and KV dtype, and for the demo's logits."""
+    errors: dict[str, dict[int, float]] = {}
+    for cell in results["cells"]:
+        column = f"{cell['kernel'].partition('_')[0]}, {cell['context']}, {cell['kv_dtype'].upper()}"
+        errors.setdefault(column, {})[cell["length"]] = cell["error"]
+    for cell in results["demo"]:
+        errors.setdefault(f"demo's logits, {cell['kv_dtype'].upper()}", {})[cell["length"]] = cell["error"]
+    lines = ["| tokens | " + " | ".join(errors) + " |", "|---:|" + "---:|" * len(errors)]
+    for length in sorted({length for column in errors.values() for length in column}):
+        parts = [f"{100 * column[length]:.2f}" if length in column else "" for column in errors.values()]
+        lines.append(f"| {length:,} | " + " | ".join(parts) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Table] = {
     "ensemble": ensemble_table,
     "evaluation": evaluation_tables,
@@ -213,7 +228,7 @@ _EVALUATION = PROJECT / "tests" / "evaluation" / "README.md"
 PLACES: dict[Path, dict[str, Table]] = {
     README: {name: table for name, table in TABLES.items() if name != "evaluation"},
     _EVALUATION: {"evaluation": evaluation_tables},
-    PAGE: {"gpu": gpu_table, **_SERVING, "gateway": gateway_table} | TABLES,
+    PAGE: {"gpu": gpu_table, **_SERVING, "gateway": gateway_table, "long_context": long_context_table} | TABLES,
 }
 """The tables that stand in each file. The first word of a table's name is that of its results; more tables may be of the same."""
 

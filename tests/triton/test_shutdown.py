@@ -92,7 +92,7 @@ def test_signal_during_start_up(start_server: StartServer, moment: str, stop: si
         wait_until(lambda: "loaded preprocessing" in server.log(), 30.0, server.log)
     server.stop(stop)
     assert "Traceback" not in server.log()
-    assert "ready in" not in server.log()
+    assert "nemo.serve: ready in" not in server.log()
 
 
 def pids_of_engines(server: LiveServer) -> list[int]:

@@ -53,6 +53,11 @@ def test_the_whole_command_at_toy_sizes(tmp_path: Path, capsys: pytest.CaptureFi
         assert cell["num_steps"] == 2
     assert [(prompt["length"], prompt["chunk"]) for prompt in results["prompts"]] == [(150, 150), (150, 64)]
     assert all(prompt["first_token_ms"] > 0 and prompt["share_of_floor"] > 0 for prompt in results["prompts"])
+    bf16, fp8 = (
+        [cell["error"] for cell in results["long_context"] if cell["kv_dtype"] == name] for name in ("bf16", "fp8")
+    )
+    assert len(bf16) == len(fp8) == 2 * 2 * 2, "two contexts, lengths and kernels"
+    assert all(0 < error < its_fp8 / 2 < 0.1 for error, its_fp8 in zip(bf16, fp8, strict=True))
     timed = {entry["op"] for entry in results["kernels"]}
     assert timed == {op.name for op in select_ops(None)} - {"read_bandwidth"}
     peers = {name for entry in results["kernels"] for name in entry["peers_us"]}
@@ -71,6 +76,7 @@ def test_when_the_time_is_over_nothing_new_begins(tmp_path: Path) -> None:
     results = json.loads(file.read_text())
     entries = results["kernels"] + results["decode_steps"] + results["prompts"]
     assert all(entry["skipped"] == "no time left" for entry in entries)
+    assert results["long_context"] == []
 
 
 class FakeGpu(EmulatedDevice):

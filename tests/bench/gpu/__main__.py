@@ -29,7 +29,7 @@ from kernels.launch import Device
 from kernels.op import Case, Op
 from kernels.ops import OPS, select_ops
 from tests.bench.conditions import RESULTS
-from tests.bench.gpu import kernel_timings, prompts, steps
+from tests.bench.gpu import kernel_timings, long_context, prompts, steps
 from tests.bench.gpu.host_clock import HostClock
 from tests.bench.gpu.models import NEMO, TOY, pages_for, random_runner
 from tests.bench.gpu.observed_device import ObservedDevice
@@ -50,6 +50,7 @@ class Scale:
     checked: Cell
     prompts: tuple[Prompt, ...]
     checked_chunks: tuple[int, ...]
+    context_lengths: tuple[int, ...]
     cases: tuple[tuple[Op, Case], ...]
 
 
@@ -71,6 +72,7 @@ FULL = Scale(
         *(Prompt(32768, 8192), Prompt(131072, 8192), Prompt(131072, 2048)),
     ),
     checked_chunks=(8192, 2048, 512),
+    context_lengths=long_context.LENGTHS,
     cases=tuple((op, case) for op in OPS for case in op.cases if case.is_timed),
 )
 SMALL = Scale(
@@ -80,6 +82,7 @@ SMALL = Scale(
     checked=Cell(3, 70),
     prompts=(Prompt(150, 150), Prompt(150, 64)),
     checked_chunks=(150, 70),
+    context_lengths=(70, 300),
     cases=tuple(_small_cases()),
 )
 
@@ -105,6 +108,8 @@ class Bench:
         if ops is None:
             self._whole_steps()
         self._kernels(ops)
+        if ops is None:
+            self._long_contexts()
 
     def _read_ceiling(self) -> None:
         case = next(case for op, case in self._scale.cases if op is read_bandwidth.OP)
@@ -168,6 +173,17 @@ class Bench:
                 entry = {"op": op.name, "case": case.name, "skipped": "no time left"}
             entries.append(entry)
             self._keep("kernels", entries, kernel_timings.line(entry))
+
+    def _long_contexts(self) -> None:
+        """Errors, not times: so they come last."""
+        cells: list[dict[str, Any]] = []
+        for length in self._scale.context_lengths:
+            if not self._time_is_left():
+                self._keep("long_context", cells, f"errors over {length} tokens  skipped: no time left")
+                continue
+            for cell in long_context.measure(self._device, (length,), num_queries=8, num_heads=8, num_kv_heads=2):
+                cells.append(cell)
+                self._keep("long_context", cells, long_context.line(cell))
 
     def _time_is_left(self) -> bool:
         return time.monotonic() < self._ends
