@@ -17,7 +17,6 @@ RESULTS = Path(__file__).with_name("results")
 
 def conditions(module: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Of a measurement that begins now with `python -m module arguments`."""
-    git = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
     return {
@@ -25,9 +24,18 @@ def conditions(module: str, arguments: Sequence[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
         "load_average_before": round(os.getloadavg()[0], 2),
-        "commit": subprocess.run(git, capture_output=True, text=True, timeout=10, check=False).stdout.strip(),
+        "commit": _commit(),
         "command": " ".join(["python -m", module, *arguments]),
     }
+
+
+def _commit() -> str:
+    """ "unknown" where there is no git, or no repository, as on a machine that got the files alone."""
+    git = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def write_results(name: str, content: dict[str, Any]) -> None:

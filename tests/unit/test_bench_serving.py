@@ -26,7 +26,7 @@ from tests.bench.gpu.models import FP8, NEMO, TOY
 from tests.bench.serving import __main__ as command
 from tests.bench.serving import bench as bench_module
 from tests.bench.serving import vllm_way as vllm_module
-from tests.bench.serving.bench import ENSEMBLE, OURS, Bench
+from tests.bench.serving.bench import ENSEMBLE, ON_EMULATOR, OURS, Bench
 from tests.bench.serving.checkpoint import write_checkpoint, write_made_up_tekken
 from tests.bench.serving.load import NO_TIME, measure
 from tests.bench.serving.peer_process import measure_peer
@@ -37,6 +37,7 @@ from tests.bench.serving.scenarios import SCENARIOS, Scenario
 from tests.bench.serving.static_batch import StaticModel
 from tests.bench.serving.triton_way import prepare_wheel
 from tests.bench.serving.way import ServingError
+from tests.emulator.marks import needs_emulator
 
 STATIC = "PyTorch, static batch"
 CPU = torch.device("cpu")
@@ -67,6 +68,15 @@ def test_the_engine_at_toy_scale(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert static["way"] == STATIC
     assert static["capacity"]["inter_token_p50_ms"] > 0
     assert results["missing"] == {}
+
+
+@needs_emulator
+def test_the_cuda_runner_on_the_emulator(tmp_path: Path) -> None:
+    file = tmp_path / "toy.json"
+    assert run("engine", "--toy", "--json", str(file), "--ways", ON_EMULATOR) == 0
+    (cell,) = json.loads(file.read_text())["cells"]
+    assert (cell["prompt_tokens"], cell["output_tokens"], cell["concurrent"]) == (5, 5, 2)
+    assert cell["capacity"]["output_tokens"] >= 2
 
 
 def test_toy_scale_writes_nothing_where_a_gpu_does(capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,10 @@ class Bench:
             OURS: (lambda: engine_in_its_process(settings_for(checkpoint, self._scale.settings)), self._scale)
         }
         if self._scale.name == "toy":
-            starts[ON_EMULATOR] = (lambda: emulated_engine(emulated_device(), EMULATED.settings), EMULATED)
+            starts[ON_EMULATOR] = (
+                lambda: emulated_engine(EMULATED.config, emulated_device(), EMULATED.settings),
+                EMULATED,
+            )
         for name in (name for name in starts if name in ways):
             with self._on_its_own(name):
                 start, scale = starts[name]
