@@ -33,7 +33,7 @@ UV := uv==0.13.9
 LM_EVAL := lm_eval[api]==0.4.13
 AIPERF := aiperf==0.13.0
 PERF_ANALYZER := tritonclient==2.51.0
-PEERS := sentencepiece==0.2.3 gguf==0.19.0 xllamacpp==2026.10.11549 matplotlib==3.11.2
+PEERS := sentencepiece==0.2.3 xllamacpp==2026.10.11549 matplotlib==3.11.2
 
 setup: .venv/.ready-tests  ## Make .venv with everything, without running anything
 
@@ -74,7 +74,7 @@ conformance: .venv/.ready-tests  ## Every row of the contract with clients, by i
 
 faults: .venv/.ready-tests  ## Everything that may happen to the server from outside: deaths, signals, memory, disks, clients (10 minutes)
 	FAULTS=all .venv/bin/pytest -rs tests/triton/test_deaths.py tests/triton/test_shutdown.py tests/triton/test_host_faults.py \
-	    tests/triton/test_clock.py tests/triton/test_bad_clients.py tests/triton/test_reload.py tests/triton/test_cancellation.py
+	    tests/triton/test_clock.py tests/triton/test_clock_jumps.py tests/triton/test_bad_clients.py tests/triton/test_reload.py tests/triton/test_cancellation.py
 
 soak: .venv/.ready-tests  ## Thousands of mixed requests to a live server, about 5 minutes; MINUTES=30: so long, with memory and handles watched
 	.venv/bin/python -m tests.triton.soak $(if $(MINUTES),--minutes '$(MINUTES)')

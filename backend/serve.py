@@ -27,6 +27,7 @@ from backend.exposure import GrpcTls
 from backend.gateway_process import GatewayProcess
 from backend.installation import PROJECT, check_machine, find_installation, find_libpython
 from backend.logs import start_logging
+from backend.phases import Phases, process_began_s
 from backend.server_process import STUBS, Ports, ServerProcess
 from backend.settings import Settings, read_model_parameters
 
@@ -69,13 +70,14 @@ class Supervisor:
         """Serve until a signal; exit status 0 after a drain, 1 when the server cannot be kept running."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
-        started_s = time.monotonic()
+        phases = Phases(process_began_s())
         try:
+            phases.end("checks")
             if self._gateway is not None:
                 self._gateway.start()
-            self._start()
+            self._start(phases)
             if not self._is_stopping:
-                log.info("ready in %.1f s", time.monotonic() - started_s)
+                log.info("ready in %s", phases.line(), extra=phases.fields())
                 self._greet()
             while not self._is_stopping:
                 self._watch()
@@ -99,16 +101,19 @@ class Supervisor:
     def _on_signal(self, number: int, _: object) -> None:
         self._num_stop_signals += 1
 
-    def _start(self) -> None:
-        """Start a server and load the models into it."""
+    def _start(self, phases: Phases) -> None:
+        """Start a server and load the models into it; `phases` gets the seconds of each."""
         log.info("starting tritonserver (%s) with %s", self._installation.source, self._settings.checkpoint)
         self._server = ServerProcess(self._installation, self._libpython, self._ports, self._settings, self._tls)
         self._server.wait_until_live(lambda: not self._is_stopping)
+        phases.end("tritonserver")
         self._load_together(STUBS)
+        phases.end("models")
         self._load_together(("ensemble",))
         if not self._is_stopping:
             self._server.api.check_tensors()
             self._steady_since_s = time.monotonic()
+        phases.end("ensemble")
 
     def _load_together(self, models: Sequence[str]) -> None:
         """Load models at the same time; a signal or a failure ends the server, since loading cannot be stopped otherwise."""
@@ -142,11 +147,14 @@ class Supervisor:
         if self._arguments.question and self._tls is None:
             print(f"\n> {self._arguments.question}", flush=True)
             command = [sys.executable, "-m", "client", "--url", f"127.0.0.1:{grpc}", self._arguments.question]
+            asked_s = time.monotonic()
             asking = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.DEVNULL)
             while asking.poll() is None and not self._is_stopping:
                 time.sleep(_POLL_S)
             asking.terminate()
-            if asking.wait() and not self._is_stopping:
+            if asking.wait() == 0:
+                log.info("first question answered in %.1f s", time.monotonic() - asked_s)
+            elif not self._is_stopping:
                 log.warning("the first question was not answered")
         body = '{"messages": "[{\\"role\\": \\"user\\", \\"content\\": \\"Hello\\"}]", "stream": true}'
         print(
@@ -176,7 +184,7 @@ Ctrl-C stops after the running answers are finished.
             if self._server.death() is not None:
                 log.error("%s; starting the server anew", problem)
                 self._server.kill()
-                self._start()
+                self._start(Phases())
             else:
                 log.error("%s; restarting it", problem)
                 self._server.api.unload("mistral_nemo")

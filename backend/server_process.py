@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import json
 import logging
@@ -88,6 +89,9 @@ class ServerProcess:
             *(tls.options() if tls is not None else []),
             *([] if _has_gpu() else ["--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]),
         ]
+        # A stub that wrote the bytecode of its model.py would change the model's folder, and server 2.51 would take the model for
+        # a new version and load it again together with the ensemble.
+        compileall.compile_dir(PROJECT / "model_repository", quiet=2)
         variables = {"NEMO_CHECKPOINT": settings.checkpoint, _RUN_DIR_VARIABLE: str(self.run_folder)}
         environment = server_environment(installation, libpython) | variables
         self._process = subprocess.Popen(

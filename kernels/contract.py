@@ -81,16 +81,21 @@ def _expect(op: str, buffer: Buffer, what: str, expected: object, found: object)
 
 
 def _check_overlap(op: str, buffers: list[Buffer]) -> None:
-    for buffer in buffers:
-        if not buffer.access.writes or not buffer.num_bytes:
+    lying = [buffer for buffer in buffers if _has_memory(buffer)]
+    for buffer in lying:
+        if not buffer.access.writes:
             continue
-        for other in buffers:
+        for other in lying:
             if (
                 other is not buffer
-                and other.num_bytes
                 and buffer.address < other.address + other.num_bytes
                 and other.address < buffer.address + buffer.num_bytes
             ):
                 raise ContractError(
                     f"{op}: {buffer.name} is written and shares memory with {other.name}, expected none in common"
                 )
+
+
+def _has_memory(buffer: Buffer) -> bool:
+    """Tensors of torch's device meta have sizes alone."""
+    return buffer.tensor is not None and buffer.num_bytes > 0 and not buffer.tensor.is_meta

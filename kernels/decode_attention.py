@@ -225,9 +225,9 @@ def _attended(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Results [T, H 128] in FP64, and how far the kernel's roundings may move each.
 
-    Weights are rounded to BF16 (2^-9) or FP16 (2^-11, but at least 2^-25 where they are small).
+    Weights are rounded to BF16 (2^-8) or FP16 (2^-11, but at least 2^-25 where they are small).
     """
-    weight_error, smallest_error = (2.0**-9, 0.0) if k_scale is None else (2.0**-11, 2.0**-25)
+    weight_error, smallest_error = (2.0**-8, 0.0) if k_scale is None else (2.0**-11, 2.0**-25)
     keys, values = kept_values(k_pages, k_scale), kept_values(v_pages, v_scale)
     out, moved = torch.zeros(2, *q.shape, dtype=torch.float64)
     for row, length in enumerate(lengths.tolist()):

@@ -19,9 +19,9 @@ from kernels.cubin_cache import CubinCache
 from kernels.errors import ContractError, LaunchError
 from kernels.launch import Launch, Program
 from kernels.launch_log import LaunchLog, head_line
+from kernels.program import COMPUTE_CAPABILITY
 from kernels.tensor_map import check_tensor_map
 
-COMPUTE_CAPABILITY = (9, 0)
 # More dynamic shared memory than this must be asked for, kernel by kernel.
 _FREE_SHARED_BYTES = 48 * 1024
 
@@ -142,6 +142,10 @@ class CudaDevice:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._torch_device))
         return CudaMark(event, self)
+
+    def pinned(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Zeroed page-locked memory, of torch's cache of it: it goes back there when nothing refers to it any more."""
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
     def capture(self, record: Callable[[], None]) -> CudaGraph:
         """The launches that `record` makes in this thread, as a CUDA graph; they are not run."""

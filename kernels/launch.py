@@ -99,6 +99,9 @@ class Device(Protocol):
     def mark(self) -> Mark:
         """Marks what has been launched on the current stream so far."""
 
+    def pinned(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Zeroed memory of the host that the device copies from and to by itself, so that nobody waits for the copy."""
+
     def capture(self, record: Callable[[], None]) -> Graph:
         """Calls `record`, whose launches are kept instead of run, and gives them as a graph.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kernels import (
     decode_attention,
     embedding,
+    gather_rows,
     large_gemm,
     log_probs,
     prefill_attention,
@@ -12,6 +13,7 @@ from kernels import (
     rmsnorm,
     rope_kv,
     sample,
+    scatter,
     skinny_gemm,
     swiglu,
 )
@@ -19,6 +21,7 @@ from kernels.errors import KernelError
 from kernels.op import Op
 
 OPS: tuple[Op, ...] = (
+    scatter.OP,
     embedding.OP,
     rmsnorm.OP,
     rope_kv.OP,
@@ -27,6 +30,7 @@ OPS: tuple[Op, ...] = (
     skinny_gemm.OP,
     large_gemm.OP,
     swiglu.OP,
+    gather_rows.OP,
     sample.OP,
     log_probs.OP,
     read_bandwidth.OP,

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+COMPUTE_CAPABILITY = (9, 0)
+"""Of the GPUs that programs are compiled for: Hopper (`sm_90a` in compiler.py)."""
+
 
 @dataclass(frozen=True)
 class Program:

@@ -16,8 +16,9 @@ NUM_SMS = 132
 class RecordingDevice:
     """Keeps the launches instead of running them."""
 
-    def __init__(self) -> None:
-        self.torch_device = torch.device("cpu")
+    def __init__(self, torch_device: str = "cpu") -> None:
+        """`torch_device` meta: tensors have sizes and no memory."""
+        self.torch_device = torch.device(torch_device)
         self.num_sms = NUM_SMS
         self.launches: list[Launch] = []
 
@@ -31,6 +32,10 @@ class RecordingDevice:
     def mark(self) -> Mark:
         """Nothing is ever under way."""
         return PassedMark()
+
+    def pinned(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Nothing is ever copied by the device."""
+        return torch.zeros(shape, dtype=dtype)
 
     def capture(self, record: Callable[[], None]) -> Graph:
         """A graph that records its launches again at every replay."""

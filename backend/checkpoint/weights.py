@@ -65,7 +65,7 @@ def weight_bytes(config: ModelConfig, weight_format: WeightFormat) -> int:
     linears = sum(
         matrix(target, rows, columns, layer)
         for layer in range(config.num_layers)
-        for target, rows, columns in _linears(config)
+        for target, rows, columns in linear_sizes(config)
     )
     embedding = config.vocab_size * config.hidden_size * weight_format.dense.itemsize
     is_shared = config.tie_word_embeddings and not is_fp8(config, weight_format, "head")
@@ -94,7 +94,7 @@ def allocate_weights(config: ModelConfig, device: torch.device, weight_format: W
             attention_norm=norm(),
             ffn_norm=norm(),
             kv_scales=torch.ones(2),
-            **{target: matrix(target, rows, columns, layer) for target, rows, columns in _linears(config)},
+            **{target: matrix(target, rows, columns, layer) for target, rows, columns in linear_sizes(config)},
         )
         for layer in range(config.num_layers)
     )
@@ -104,7 +104,7 @@ def allocate_weights(config: ModelConfig, device: torch.device, weight_format: W
     return Weights(embedding=embedding, layers=layers, norm=norm(), head=head)
 
 
-def _linears(config: ModelConfig) -> tuple[tuple[Target, int, int], ...]:
+def linear_sizes(config: ModelConfig) -> tuple[tuple[Target, int, int], ...]:
     """The linear layers of a layer: target, outputs, inputs."""
     return (
         ("qkv", config.query_size + 2 * config.kv_size, config.hidden_size),

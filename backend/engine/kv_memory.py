@@ -27,6 +27,11 @@ class Holder:
         self.last_key: Key = root_key(salt)
         self.num_named_pages = 0
 
+    @property
+    def num_named_tokens(self) -> int:
+        """Positions that lie in the pages that have names."""
+        return self.num_named_pages * PAGE_TOKENS
+
 
 class KvMemory:
     """Owns the device pages, the host pages and the prefix cache; the Scheduler alone calls it."""
@@ -82,17 +87,16 @@ class KvMemory:
         holder.table.extend(self.pool.allocate(holder.table.num_missing(num_tokens)))
         return True
 
-    def name_full_pages(self, holder: Holder, num_tokens: int, token_ids: Ids[int]) -> None:
-        """Tell the prefix cache of pages that became full: the first `num_tokens` ids have their KV in them.
+    def name_full_pages(self, holder: Holder, token_ids: Ids[int]) -> None:
+        """Tell the prefix cache of pages that became full.
 
-        `token_ids` may be cut where what follows is not to be found.
+        `token_ids` are those behind the pages that have names already (`Holder.num_named_tokens`) whose KV is known to be there.
         """
-        if not holder.may_write_cache:
-            return
-        for index in range(holder.num_named_pages, min(num_tokens, len(token_ids)) // PAGE_TOKENS):
-            page_id = holder.table.page_at(index)
-            holder.last_key = next_key(holder.last_key, token_ids[index * PAGE_TOKENS : (index + 1) * PAGE_TOKENS])
-            holder.num_named_pages = index + 1
+        first = holder.num_named_pages
+        for number in range(len(token_ids) // PAGE_TOKENS):
+            page_id = holder.table.page_at(first + number)
+            holder.last_key = next_key(holder.last_key, token_ids[number * PAGE_TOKENS : (number + 1) * PAGE_TOKENS])
+            holder.num_named_pages += 1
             if page_id is not None and self.prefixes.add(holder.last_key, page_id):
                 self.pool.keep(page_id)
 

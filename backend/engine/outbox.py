@@ -12,6 +12,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from multiprocessing.connection import Connection
+from typing import cast
 
 from backend.engine import messages
 from backend.engine.events import EngineStats, RequestFailed, TokenEvent
@@ -151,9 +152,9 @@ class Outbox:
         if not events and not is_news:
             return
         self._last_stats, self._last_stats_s = stats, now_s
-        tokens = tuple(event for event in events if isinstance(event, TokenEvent))
-        failed = tuple(event for event in events if isinstance(event, RequestFailed))
-        self.put(messages.Step(tokens, failed, stats))
+        failed = tuple([event for event in events if isinstance(event, RequestFailed)])
+        tokens = [event for event in events if isinstance(event, TokenEvent)] if failed else events
+        self.put(messages.Step(tuple(cast(list[TokenEvent], tokens)), failed, stats))
 
     def close(self) -> None:
         """Write what is queued, then end the thread."""

@@ -8,14 +8,16 @@ from backend.engine.plan import PAGE_TOKENS
 class PageTable:
     """Pages of one sequence in the order of positions; an entry lies on the device or, swapped out, on the host.
 
-    `page_ids` is what a plan carries; it may only be read while nothing is swapped out. `num_ready_tokens`: positions from 0 on
-    that can be used at once, 0 while anything is swapped out (kept up to date, since every step asks for every sequence).
+    `page_ids`: device pages of all positions, as a plan carries them, and `num_ready_tokens`: positions from 0 on that can be
+    used at once; none while anything is swapped out. Both are kept up to date, since every step asks for every sequence.
     """
+
+    __slots__ = ("_device", "_host", "num_ready_tokens", "page_ids")
 
     def __init__(self) -> None:
         self._device: list[int | None] = []
         self._host: dict[int, int] = {}
-        self._page_ids: tuple[int, ...] | None = ()
+        self.page_ids: tuple[int, ...] = ()
         self.num_ready_tokens = 0
 
     def __len__(self) -> int:
@@ -30,14 +32,6 @@ class PageTable:
     def num_on_device(self) -> int:
         """Entries that lie on the device."""
         return len(self._device) - len(self._host)
-
-    @property
-    def page_ids(self) -> tuple[int, ...]:
-        """Device pages of all positions."""
-        if self._page_ids is None:
-            assert not self._host, "pages that are swapped out cannot be used"
-            self._page_ids = tuple(page_id for page_id in self._device if page_id is not None)
-        return self._page_ids
 
     @property
     def device_pages(self) -> list[int]:
@@ -92,5 +86,5 @@ class PageTable:
         self._note_change()
 
     def _note_change(self) -> None:
-        self._page_ids = None
-        self.num_ready_tokens = 0 if self._host else len(self._device) * PAGE_TOKENS
+        self.page_ids = () if self._host else tuple(self.device_pages)
+        self.num_ready_tokens = len(self.page_ids) * PAGE_TOKENS

@@ -34,6 +34,7 @@ from backend.engine.recording import RecordingScheduler
 from backend.engine.scheduler import Scheduler, SchedulerLimits
 from backend.errors import ConfigError
 from backend.logs import start_logging
+from backend.phases import Phases, process_began_s
 from backend.runner.select import make_runner
 from backend.settings import Settings
 
@@ -56,10 +57,11 @@ def make_scheduler(settings: Settings, limits: SchedulerLimits, vocabulary: Voca
     return RecordingScheduler(limits, vocabulary.token_bytes, vocabulary.eos_id, file, most_bytes)
 
 
-def build_engine(settings: Settings, outbox: Outbox) -> Engine:
-    """Load everything `settings` names and tell the owner the bounds of requests; ConfigError when it cannot be served."""
+def build_engine(settings: Settings, outbox: Outbox, phases: Phases) -> tuple[Engine, messages.Ready]:
+    """Load everything `settings` names; the engine, and what its owner is told of it. ConfigError when it cannot be served."""
     vocabulary = read_vocabulary(Path(settings.checkpoint))
-    served = make_runner(settings, lambda what, done, total: outbox.put(messages.Loading(what, done, total)))
+    phases.end("vocabulary")
+    served = make_runner(settings, lambda what, done, total: outbox.put(messages.Loading(what, done, total)), phases)
     if len(vocabulary.token_bytes) != served.vocab_size:
         raise ConfigError(
             f"{settings.checkpoint}: the tokenizer has {len(vocabulary.token_bytes)} tokens, the model's vocabulary "
@@ -82,21 +84,19 @@ def build_engine(settings: Settings, outbox: Outbox) -> Engine:
         default_deadline_ms=settings.default_deadline_ms,
     )
     scheduler = make_scheduler(settings, limits, vocabulary)
-    outbox.put(
-        messages.Ready(
-            served.vocab_size,
-            served.max_model_len,
-            limits.max_num_seqs,
-            limits.num_pages,
-            served.step_timeout_s,
-            served.runner.describe() | served.description,
-        )
+    ready = messages.Ready(
+        served.vocab_size,
+        served.max_model_len,
+        limits.max_num_seqs,
+        limits.num_pages,
+        served.step_timeout_s,
+        served.runner.describe() | served.description,
     )
     compile_guide = None
     if served.has_guides:
         compiler = GuideCompiler(vocabulary)
         compile_guide = lambda spec, num_matchers: compiler.compile(spec.kind, spec.text, num_matchers)  # noqa: E731
-    return Engine(scheduler, served.runner, outbox.put_step, compile_guide)
+    return Engine(scheduler, served.runner, outbox.put_step, compile_guide), ready
 
 
 def read_orders(connection: Connection, engine: Engine) -> None:
@@ -146,6 +146,8 @@ def end_process(uncaught: threading.ExceptHookArgs) -> None:
 
 def main(file_descriptor: int) -> int:
     """Serve the owner at the other end of the socket; the exit status is 0 only after it closed the connection."""
+    phases = Phases(process_began_s())
+    phases.end("imports")
     threading.excepthook = end_process
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -156,9 +158,12 @@ def main(file_descriptor: int) -> int:
     start_logging(start.settings.log_level, start.settings.log_format)
     outbox = Outbox(connection, start.settings.max_tokens_per_response)
     try:
-        engine = build_engine(start.settings, outbox)
+        engine, ready = build_engine(start.settings, outbox, phases)
         signal.signal(signal.SIGTERM, lambda *_: engine.abort_all())
         keep_what_is_loaded()
+        phases.end("engine")
+        log.info("ready in %s", phases.line(), extra=phases.fields())
+        outbox.put(ready)
         threading.Thread(target=read_orders, args=(connection, engine), name="reader", daemon=True).start()
         threading.Thread(target=report_life, args=(engine, outbox), name="life", daemon=True).start()
         engine.run()

@@ -13,12 +13,14 @@ from bisect import insort
 from collections.abc import Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
+from itertools import repeat
 
 from backend.engine.events import EngineStats, FailureKind, FinishReason, RequestFailed, TokenEvent
 from backend.engine.kv_memory import KvMemory
 from backend.engine.plan import PAGE_TOKENS, PlanRow, StepPlan, StepResult, TokenLogProbs
 from backend.engine.request import GenerationRequest, num_pages_for
 from backend.engine.sequence import Guide, Mask, Phase, RequestGroup, Sequence, rank_of
+from backend.engine.text_stream import TokenTexts
 from backend.engine.waiting_queue import WaitingQueue
 from backend.errors import RequestError
 
@@ -53,7 +55,7 @@ class Scheduler:
     def __init__(self, limits: SchedulerLimits, token_bytes: Ids[bytes], eos_id: int) -> None:
         assert limits.max_num_seqs <= limits.max_step_tokens, "every running sequence must fit into one step"
         self.limits = limits
-        self._token_bytes = token_bytes
+        self._texts = TokenTexts(token_bytes)
         self._eos_id = eos_id
         self._memory = KvMemory(limits.num_pages, limits.num_host_pages)
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
@@ -93,7 +95,7 @@ class Scheduler:
         is_bounded = request.stream and self.limits.max_unsent_tokens
         group = RequestGroup(
             request,
-            self._token_bytes,
+            self._texts,
             self._eos_id,
             PAGE_TOKENS,
             now_ns,
@@ -175,19 +177,27 @@ class Scheduler:
         self._admit_waiting(now_ns)
         decodes: list[PlanRow] = []
         prefills: list[PlanRow] = []
-        is_decoding = [sequence.can_decode for sequence in self._running]
+        # As `can_decode` says; this is asked hundreds of times a step.
+        is_decoding = [
+            sequence.num_planned_tokens < sequence.decode_end and sequence.group.num_unsent < sequence.group.most_unsent
+            for sequence in self._running
+        ]
         budget = self.limits.max_step_tokens - sum(is_decoding)
         for position, sequence in enumerate(self._running):
             if is_decoding[position]:
-                known_ids = () if sequence.guide is None else sequence.known_ids(1 + budget)
-                end = sequence.num_planned_tokens + (len(known_ids) or 1)
-                if end <= sequence.kv.table.num_ready_tokens or self._make_ready(sequence, position, end):
-                    decodes.append(self._decode_row(sequence, known_ids))
-                    budget -= decodes[-1].num_forced
+                if sequence.guide is not None:
+                    known_ids = sequence.known_ids(1 + budget)
+                    if self._make_ready(sequence, position, sequence.num_planned_tokens + (len(known_ids) or 1)):
+                        decodes.append(sequence.guided_row(known_ids))
+                        budget -= decodes[-1].num_forced
+                elif sequence.num_planned_tokens < sequence.table.num_ready_tokens or self._make_ready(
+                    sequence, position, sequence.num_planned_tokens + 1
+                ):
+                    decodes.append(sequence.decode_row())
             elif sequence.phase is Phase.PREFILL and budget:
                 end = min(sequence.num_planned_tokens + budget, sequence.num_prompt_tokens)
                 if self._make_ready(sequence, position, end):
-                    prefills.append(self._prefill_row(sequence, end))
+                    prefills.append(sequence.prefill_row(end))
                     budget -= prefills[-1].num_tokens
         if not decodes and not prefills:
             return None
@@ -200,30 +210,32 @@ class Scheduler:
         """Take over the ids of a finished step."""
         events, self._failures = self._failures, []
         drawn = iter(result.token_ids)
-        log_probs = iter(result.log_probs or (None,) * len(result.token_ids))
+        log_probs = iter(result.log_probs or repeat(None))
         prompt_log_probs = iter(result.prompt_log_probs)
-        finished = Phase.FINISHED
+        by_slot, finished = self._by_slot, Phase.FINISHED
         for row in plan.rows:
-            sequence = self._by_slot[row.slot]
+            sequence = by_slot[row.slot]
             sequence.num_in_flight -= 1
             num_tokens = row.num_tokens
-            sequence.num_committed_tokens = num_committed = row.start + num_tokens
-            if row.num_prompt_logprobs is not None:
-                sequence.prompt_log_probs += next(prompt_log_probs)
+            end = row.start + num_tokens
+            if row.token_ids:
+                if row.num_prompt_logprobs is not None:
+                    sequence.prompt_log_probs += next(prompt_log_probs)
+                if row.start < sequence.num_prompt_tokens <= end and sequence.index == 0:
+                    self._waiting.add_siblings(sequence.group)
             if row.is_sampled:
                 token_id, log_prob = next(drawn), next(log_probs)
                 if sequence.guide is not None:
                     events += self._append_guided(sequence, row, token_id, log_prob, now_ns)
                 elif sequence.phase is not finished:
-                    events.append(self._append(sequence, token_id, log_prob, now_ns))
-            elif sequence.is_scored:
+                    events.append(event := sequence.append(token_id, log_prob, now_ns))
+                    if event.finish is not None:
+                        self._forget_if_finished(sequence.group)
+            elif end == sequence.num_prompt_tokens and sequence.phase is not finished:  # it was only to be scored
                 events.append(sequence.finish_score(now_ns))
                 self._forget_if_finished(sequence.group)
-            if row.token_ids and row.start < sequence.num_prompt_tokens <= num_committed and sequence.index == 0:
-                self._waiting.add_siblings(sequence.group)
-            if num_committed % PAGE_TOKENS < num_tokens:
-                nameable = sequence.token_ids if self.limits.caches_outputs else sequence.request.prompt_token_ids
-                self._memory.name_full_pages(sequence.kv, num_committed, nameable)
+            if end % PAGE_TOKENS < num_tokens and sequence.kv.may_write_cache:
+                self._name_full_pages(sequence, end)
             if sequence.phase is finished and sequence.is_releasable:
                 self._release(sequence)
         assert next(drawn, None) is None, "more ids than sampled rows"
@@ -288,51 +300,9 @@ class Scheduler:
         )
         return is_ready
 
-    def _decode_row(self, sequence: Sequence, known_ids: tuple[int, ...]) -> PlanRow:
-        start, num_tokens = sequence.num_planned_tokens, len(known_ids) or 1
-        sequence.num_planned_tokens = start + num_tokens
-        sequence.num_in_flight += 1
-        sequence.num_draws_left -= num_tokens
-        page_ids = sequence.kv.table.page_ids
-        if sequence.guide is None:
-            return PlanRow(sequence.slot, start, num_tokens, known_ids, page_ids, is_sampled=True)
-        return PlanRow(
-            sequence.slot,
-            start,
-            num_tokens,
-            known_ids,
-            page_ids,
-            is_sampled=True,
-            num_forced=num_tokens - 1,
-            is_guided=True,
-        )
-
-    def _prefill_row(self, sequence: Sequence, end: int) -> PlanRow:
-        request, start = sequence.request, sequence.num_planned_tokens
-        is_last = end == sequence.num_prompt_tokens
-        is_sampled = is_last and request.max_tokens > 0
-        slot_start = None if sequence.has_started else sequence.slot_start()
-        sequence.has_started = True
-        sequence.num_planned_tokens = end
-        sequence.num_in_flight += 1
-        sequence.num_draws_left -= is_sampled
-        if is_last:
-            sequence.phase = Phase.DECODE
-        return PlanRow(
-            sequence.slot,
-            start,
-            end - start,
-            request.prompt_token_ids[start:end],
-            sequence.kv.table.page_ids,
-            is_sampled,
-            slot_start,
-            request.num_prompt_logprobs if sequence.index == 0 else None,
-            is_guided=sequence.guide is not None,
-        )
-
     def _admit_waiting(self, now_ns: int) -> None:
         """Admit in the order of ranks, as long as the step is not full with what runs already."""
-        if not self._waiting:
+        if not self._waiting or not self._can_admit(self._waiting.first):
             return
         num_tokens = sum(map(_num_wanted_tokens, self._running))
         while self._waiting and num_tokens < self.limits.max_step_tokens and self._can_admit(self._waiting.first):
@@ -357,12 +327,17 @@ class Scheduler:
         sequence.slot = self._free_slots.pop()
         self._by_slot[sequence.slot] = sequence
         sequence.num_cached_tokens = self._memory.admit(sequence.kv, sequence.request.prompt_token_ids)
-        sequence.num_planned_tokens = sequence.num_committed_tokens = sequence.num_cached_tokens
+        sequence.num_planned_tokens = sequence.num_cached_tokens
         sequence.phase = Phase.PREFILL
         sequence.first_scheduled_time_ns = now_ns
         insort(self._running, sequence, key=rank_of)
         self._num_running_requests += sequence.group.num_running == 0
         sequence.group.num_running += 1
+
+    def _name_full_pages(self, sequence: Sequence, num_tokens: int) -> None:
+        """Let prompts find the pages whose KV is known to be there, up to `num_tokens` or the end of what may be found."""
+        end = num_tokens if self.limits.caches_outputs else min(num_tokens, sequence.num_prompt_tokens)
+        self._memory.name_full_pages(sequence.kv, sequence.token_ids(sequence.kv.num_named_tokens, end))
 
     def _append(self, sequence: Sequence, token_id: int, log_prob: TokenLogProbs | None, now_ns: int) -> TokenEvent:
         event = sequence.append(token_id, log_prob, now_ns)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ids
 from dataclasses import replace
 from enum import Enum
 from typing import Any, Protocol
 
 from backend.engine.events import Finish, FinishReason, TokenEvent
 from backend.engine.kv_memory import Holder
-from backend.engine.plan import SlotStart, TokenLogProbs
+from backend.engine.plan import PlanRow, SlotStart, TokenLogProbs
 from backend.engine.request import GenerationRequest, mix_seed, num_pages_for
 from backend.engine.stop_matcher import StopString
-from backend.engine.text_stream import TextStream
+from backend.engine.text_stream import TextStream, TokenTexts
 
 _PRIORITY_STEP_NS = 10_000_000_000
 """One step of priority is worth ten seconds of waiting. So ranks never change, and nobody waits for ever."""
@@ -53,26 +52,35 @@ class Sequence:
     """One of a request's `num_return_sequences` generations.
 
     `num_planned_tokens` counts positions whose step was planned, `num_in_flight` steps that were launched and not committed,
-    `num_draws_left` what `max_tokens` leaves to be planned, `num_committed_tokens` positions whose KV is known to be there. Pages
-    and slot are held from admission until the sequence is FINISHED and nothing of it is in flight.
+    `decode_end`, while it decodes, the position where `max_tokens` ends its planning (0 in other phases). Pages and slot are held
+    from admission until the sequence is FINISHED and nothing of it is in flight.
     """
+
+    # NOTE: slots, and what a step needs close at hand: hundreds of these are visited in each, and what that costs is memory.
+    __slots__ = (
+        *("decode_end", "first_scheduled_time_ns", "first_token_time_ns", "group", "guide", "handle", "has_started"),
+        *("index", "is_echo_due", "is_text_free", "kv", "last_token_time_ns", "num_cached_tokens", "num_in_flight"),
+        *("num_planned_tokens", "output_ids", "phase", "prompt_log_probs", "rank", "request", "slot", "table", "text"),
+    )
 
     def __init__(self, group: RequestGroup, index: int, text: TextStream, holder: Holder) -> None:
         self.group = group
         self.request = group.request
+        self.handle = group.request.handle
         self.index = index
         self.rank = (group.rank_ns, group.order, index)
         self.text = text
         self.kv = holder
+        self.table = holder.table
         self.guide: Matcher | None = None
         self.phase = Phase.WAITING
         self.slot = -1
         self.has_started = False
         self.num_planned_tokens = 0
-        self.num_committed_tokens = 0
         self.num_cached_tokens = 0
         self.num_in_flight = 0
-        self.num_draws_left = group.request.max_tokens
+        self.decode_end = 0
+        self.is_text_free = False
         self.output_ids: list[int] = []
         self.prompt_log_probs: list[TokenLogProbs] = []
         self.is_echo_due = group.request.echo
@@ -93,23 +101,22 @@ class Sequence:
     @property
     def can_decode(self) -> bool:
         """Whether the next step may draw for it: `max_tokens` leaves room, and the stream is not far ahead of its client."""
-        group = self.group
-        return self.phase is Phase.DECODE and self.num_draws_left > 0 and group.num_unsent < group.most_unsent
+        return self.num_planned_tokens < self.decode_end and self.group.num_unsent < self.group.most_unsent
 
     @property
     def num_draws_in_flight(self) -> int:
         """Output ids that steps in flight will give, forced ones included."""
-        return self.request.max_tokens - self.num_draws_left - len(self.output_ids)
+        return self.request.max_tokens - (self.decode_end - self.num_planned_tokens) - len(self.output_ids)
 
     @property
     def is_releasable(self) -> bool:
         """Whether slot and pages may go to another sequence."""
         return self.phase is Phase.FINISHED and self.num_in_flight == 0 and self.slot >= 0
 
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """Prompt and output."""
-        return (*self.request.prompt_token_ids, *self.output_ids)
+    def token_ids(self, start: int, end: int) -> tuple[int, ...]:
+        """Those at positions `start` to `end - 1` of prompt and output."""
+        prompt = self.request.prompt_token_ids
+        return (*prompt[start:end], *self.output_ids[max(0, start - len(prompt)) : max(0, end - len(prompt))])
 
     def slot_start(self) -> SlotStart:
         """What the runner must know when the sequence takes its slot."""
@@ -118,29 +125,70 @@ class Sequence:
         ending_ids = tuple(sorted(self.group.ending_ids))
         return SlotStart(sampling, request.prompt_token_ids, request.min_tokens, ending_ids, request.num_logprobs)
 
-    @property
-    def is_scored(self) -> bool:
-        """Whether only the prompt's log-probabilities were wanted, and they are all there."""
-        return (
-            self.request.max_tokens == 0
-            and self.phase is not Phase.FINISHED
-            and self.num_committed_tokens == self.num_prompt_tokens
+    def decode_row(self) -> PlanRow:
+        """Its row in the next step, where the id drawn last runs."""
+        start = self.num_planned_tokens
+        self.num_planned_tokens = start + 1
+        self.num_in_flight += 1
+        return PlanRow(self.slot, start, 1, (), self.table.page_ids, True)
+
+    def guided_row(self, known_ids: tuple[int, ...]) -> PlanRow:
+        """As `decode_row`, where a grammar masks the draw and may force ids before it (`known_ids`)."""
+        start, num_tokens = self.num_planned_tokens, len(known_ids) or 1
+        self.num_planned_tokens = start + num_tokens
+        self.num_in_flight += 1
+        page_ids, num_forced = self.table.page_ids, num_tokens - 1
+        return PlanRow(self.slot, start, num_tokens, known_ids, page_ids, True, num_forced=num_forced, is_guided=True)
+
+    def prefill_row(self, end: int) -> PlanRow:
+        """Its row in the next step, where its prompt goes on up to `end`."""
+        request, start = self.request, self.num_planned_tokens
+        is_last = end == self.num_prompt_tokens
+        is_sampled = is_last and request.max_tokens > 0
+        slot_start = None if self.has_started else self.slot_start()
+        self.has_started = True
+        self.num_planned_tokens = end
+        self.num_in_flight += 1
+        if is_last:
+            self.phase = Phase.DECODE
+            self.decode_end = end + request.max_tokens - 1
+        return PlanRow(
+            self.slot,
+            start,
+            end - start,
+            request.prompt_token_ids[start:end],
+            self.table.page_ids,
+            is_sampled,
+            slot_start,
+            request.num_prompt_logprobs if self.index == 0 else None,
+            is_guided=self.guide is not None,
         )
 
     def append(self, token_id: int, log_prob: TokenLogProbs | None, now_ns: int) -> TokenEvent:
         """Take over the next id; the event ends the sequence when the id, a stop string or the length does."""
-        request = self.request
         self.output_ids.append(token_id)
-        num_outputs = len(self.output_ids)
         self.last_token_time_ns = now_ns
-        self.group.num_unsent += 1
-        if 1 < num_outputs < request.max_tokens and token_id not in self.group.ending_ids:
+        group = self.group
+        group.num_unsent += 1
+        num_bytes = group.lengths_alone[token_id] if self.is_text_free else self.text.num_bytes_alone(token_id)
+        if (
+            num_bytes
+            and self.num_planned_tokens < self.decode_end
+            and self.first_token_time_ns
+            and token_id not in group.ending_ids_with_text
+        ):
             # What nearly every id is, and hundreds of them in every step: in the middle, with text that goes out as it is.
-            num_bytes = self.text.num_bytes_alone(token_id)
-            if num_bytes:
-                ids = (token_id,)
-                log_probs = () if log_prob is None else (log_prob,)
-                return TokenEvent(request.handle, self.index, ids, ids, 0, num_bytes, False, None, False, log_probs)
+            ids = (token_id,)
+            log_probs = () if log_prob is None else (log_prob,)
+            return TokenEvent(self.handle, self.index, ids, ids, 0, num_bytes, False, None, False, log_probs)
+        event = self._append(token_id, log_prob, now_ns)
+        self.is_text_free = self.text.is_free
+        return event
+
+    def _append(self, token_id: int, log_prob: TokenLogProbs | None, now_ns: int) -> TokenEvent:
+        """`append` where anything may happen: a beginning, an end, text that is held back."""
+        request = self.request
+        num_outputs = len(self.output_ids)
         echoed: tuple[int, ...] = ()
         if num_outputs == 1:
             echoed = self._take_echo()
@@ -206,6 +254,7 @@ class Sequence:
     def _finish(self, reason: FinishReason, stop_reason: str = "") -> Finish:
         assert self.phase is not Phase.FINISHED, "a sequence ends once"
         self.phase = Phase.FINISHED
+        self.decode_end = 0
         self.group.num_unfinished -= 1
         return Finish(
             reason,
@@ -235,10 +284,16 @@ class RequestGroup:
     generated and not yet sent to the client; from `most_unsent` on, the request pauses.
     """
 
+    __slots__ = (  # NOTE: as in Sequence
+        *("arrival_time_ns", "deadline_ns", "end_id", "ending_ids", "ending_ids_with_text", "has_tokens", "is_ready"),
+        *("lengths_alone", "most_unsent", "num_running", "num_unfinished", "num_unsent", "num_waiting", "order"),
+        *("rank_ns", "request", "sequences"),
+    )
+
     def __init__(
         self,
         request: GenerationRequest,
-        token_bytes: Ids[bytes],
+        texts: TokenTexts,
         eos_id: int,
         page_tokens: int,
         arrival_time_ns: int,
@@ -262,6 +317,8 @@ class RequestGroup:
         self.most_unsent = most_unsent
         self.end_id = eos_id if request.end_id is None else request.end_id
         self.ending_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else {self.end_id})
+        self.lengths_alone = texts.lengths_alone
+        self.ending_ids_with_text = frozenset(each for each in self.ending_ids if texts.token_bytes[each])
         may_read = has_prefix_cache and request.num_prompt_logprobs is None
         salt = f"tenant:{request.cache_salt}" if may_read else f"request:{request.handle}"
         stops = tuple(StopString.compile(text) for text in dict.fromkeys(request.stop_strings))
@@ -272,7 +329,7 @@ class RequestGroup:
             Sequence(
                 self,
                 index,
-                TextStream(token_bytes, stops),
+                TextStream(texts, stops),
                 Holder(salt, num_pages, may_read_cache=may_read or index > 0, may_write_cache=may_read or n > 1),
             )
             for index in range(request.num_return_sequences)

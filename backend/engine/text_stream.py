@@ -50,6 +50,22 @@ def _may_begin_character(prefix: bytes) -> bool:
     return low <= prefix[1] <= high
 
 
+class TokenTexts:
+    """The bytes of every id, and `lengths_alone`: how many, of an id behind which the text may be cut if it may be cut before it.
+
+    0 stands for an id without text, or whose text ends in an unfinished character or is longer than 255 bytes.
+
+    >>> list(TokenTexts((b"", b"ab", "€".encode(), "€".encode()[:2])).lengths_alone)
+    [0, 2, 3, 0]
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes]) -> None:
+        self.token_bytes = token_bytes
+        self.lengths_alone = bytes(
+            [0 if num_unfinished_bytes(text) or len(text) > 255 else len(text) for text in token_bytes]
+        )
+
+
 class TextStream:
     """Bytes of one sequence that were generated and not yet released, and the stop strings seen in them.
 
@@ -57,8 +73,9 @@ class TextStream:
     character whatever follows, or where a control id or the end of the sequence closes the text.
     """
 
-    def __init__(self, token_bytes: Sequence[bytes], stops: tuple[StopString, ...] = ()) -> None:
-        self._token_bytes = token_bytes
+    def __init__(self, texts: TokenTexts, stops: tuple[StopString, ...] = ()) -> None:
+        self._token_bytes = texts.token_bytes
+        self._lengths_alone = texts.lengths_alone
         self._matcher = StopMatcher(stops) if stops else None
         self._held_ids: list[int] = []
         self._held = bytearray()
@@ -72,10 +89,16 @@ class TextStream:
 
     def num_bytes_alone(self, token_id: int) -> int:
         """Bytes of an id that may be sent at once and without `append`, because they touch nothing held back; else 0."""
-        text = self._token_bytes[token_id]
-        if not text or self._held or text[-1] >= 0x80:
+        if self._held or (
+            self._matcher is not None and not self._matcher.first_bytes.isdisjoint(self._token_bytes[token_id])
+        ):
             return 0
-        return len(text) if self._matcher is None or self._matcher.first_bytes.isdisjoint(text) else 0
+        return self._lengths_alone[token_id]
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing is held back and no stop strings are looked for: `num_bytes_alone` is what `lengths_alone` says."""
+        return self._matcher is None and not self._held
 
     def append_echo(self, token_ids: Sequence[int]) -> None:
         """Add the prompt's ids: their text is sent, stop strings are not looked for in it."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,21 +14,26 @@ from backend.checkpoint.model_config import ModelConfig, read_model_config
 from backend.checkpoint.weights import weight_bytes
 from backend.engine.plan import PAGE_TOKENS
 from backend.errors import ConfigError
+from backend.phases import Phases
+from backend.runner.cuda.programs import programs_of
 from backend.runner.cuda.runner import CudaRunner, cuda_workspace_bytes
+from backend.runner.cuda.warm_up import step_sizes
 from backend.runner.fake_runner import FakeRunner
 from backend.runner.gathered_attention import gathered_page_bytes
 from backend.runner.memory_plan import MemoryPlan, page_bytes, plan_memory, workspace_bytes
 from backend.runner.model_runner import ModelRunner
 from backend.runner.placement import Placement, choose_placement
 from backend.runner.torch_runner import TorchRunner
+from backend.runner.warm_up import Limits, run_steps
 from backend.settings import Settings
+from kernels.program import COMPUTE_CAPABILITY
 
+log = logging.getLogger("nemo.engine")
 Progress = Callable[[str, int, int], None]
 _MOST_CPU_TOKENS = 65_536
 _CPU_MEMORY_FRACTION = 0.8
 _CPU_STEP_TIMEOUT_S = 120.0
 _GPU_STEP_TIMEOUT_S = 8.0
-_HOPPER = (9, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +48,8 @@ class ServedModel:
     description: dict[str, str]
 
 
-def make_runner(settings: Settings, progress: Progress) -> ServedModel:
-    """Load the checkpoint of `settings` for this machine.
+def make_runner(settings: Settings, progress: Progress, phases: Phases) -> ServedModel:
+    """Load the checkpoint of `settings` for this machine; `phases` gets the seconds of what that takes.
 
     `max_model_len` is lowered to what the KV pages hold and to what the checkpoint was made for, and the description says so.
     ConfigError when the checkpoint cannot be read or does not fit.
@@ -51,7 +58,7 @@ def make_runner(settings: Settings, progress: Progress) -> ServedModel:
     if settings.runner == "fake":
         return _fake(settings, config)
     if settings.runner == "cuda":
-        return _cuda(settings, config, progress)
+        return _cuda(settings, config, progress, phases)
     placement = choose_placement(
         "auto", settings.weight_dtype, settings.kv_dtype, settings.head_dtype, config.quantization
     )
@@ -72,22 +79,28 @@ def make_runner(settings: Settings, progress: Progress) -> ServedModel:
         head_dtype=settings.head_dtype,
         num_threads=settings.num_threads,
         progress=lambda done, total: progress("weights", done, total),
+        phases=phases,
     )
+    phases.end("memory")
     description = runner.describe() | plan.lines(num_host_pages)
     description |= {"max_model_len": why, "reason": _reason(settings, placement)}
     step_timeout_s = _CPU_STEP_TIMEOUT_S if placement.device.type == "cpu" else _GPU_STEP_TIMEOUT_S
     return ServedModel(runner, config.vocab_size, max_model_len, step_timeout_s, True, description)
 
 
-def _cuda(settings: Settings, config: ModelConfig, progress: Progress) -> ServedModel:
+def _cuda(settings: Settings, config: ModelConfig, progress: Progress, phases: Phases) -> ServedModel:
     """On our own kernels; ConfigError on another GPU than a Hopper."""
-    from kernels.driver import CudaDevice  # NOTE: here, because nobody else needs the bindings of the CUDA driver
+    from kernels.build import (
+        build,
+    )  # NOTE: here, because nobody else needs the bindings of the CUDA driver and of NVRTC
+    from kernels.driver import CudaDevice
     from kernels.errors import LaunchError
 
     try:
         device = CudaDevice()
     except LaunchError as error:
         raise ConfigError(f"setting runner: cuda cannot run here: {error}; use torch or auto") from error
+    phases.end("device")
     placement = choose_placement(
         str(device.torch_device), settings.weight_dtype, settings.kv_dtype, settings.head_dtype, config.quantization
     )
@@ -95,20 +108,44 @@ def _cuda(settings: Settings, config: ModelConfig, progress: Progress) -> Served
     plan = _plan_for(placement, config, settings, needed_bytes)
     num_host_pages = _num_host_pages(settings, plan)
     max_model_len, why = _served_length(config, settings, plan.num_pages)
-    runner = CudaRunner.load(
-        Path(settings.checkpoint),
-        device,
-        num_pages=plan.num_pages,
-        num_host_pages=num_host_pages,
-        max_num_seqs=settings.max_num_seqs,
-        max_model_len=max_model_len,
-        max_step_tokens=settings.max_step_tokens,
-        weight_dtype=settings.weight_dtype,
-        kv_dtype=settings.kv_dtype,
-        head_dtype=settings.head_dtype,
-        progress=lambda done, total: progress("weights", done, total),
-    )
+
+    def compile_programs() -> int:
+        programs = programs_of(
+            config,
+            placement.weight_format,
+            is_fp8_kv=placement.kv_dtype == torch.float8_e4m3fn,
+            max_num_seqs=settings.max_num_seqs,
+            max_step_tokens=settings.max_step_tokens,
+        )
+        return build(programs, report=log.info)
+
+    compiling = ThreadPoolExecutor(1, thread_name_prefix="kernels")
+    try:
+        compiled = compiling.submit(compile_programs)
+        runner = CudaRunner.load(
+            Path(settings.checkpoint),
+            device,
+            num_pages=plan.num_pages,
+            num_host_pages=num_host_pages,
+            max_num_seqs=settings.max_num_seqs,
+            max_model_len=max_model_len,
+            max_step_tokens=settings.max_step_tokens,
+            weight_dtype=settings.weight_dtype,
+            kv_dtype=settings.kv_dtype,
+            head_dtype=settings.head_dtype,
+            progress=lambda done, total: progress("weights", done, total),
+            phases=phases,
+        )
+        phases.end("memory")
+        compiled.result()
+        phases.end("kernels")
+    finally:
+        compiling.shutdown(wait=False)  # a checkpoint that is refused is not to wait for them
+    limits = Limits(settings.max_num_seqs, max_model_len, plan.num_pages, config.vocab_size)
+    num_steps = run_steps(runner, step_sizes(settings.max_num_seqs, settings.max_step_tokens), limits)
+    phases.end("warm-up")
     description = runner.describe() | plan.lines(num_host_pages)
+    description |= {"warm_up": f"{num_steps} steps, one for each shape that is captured"}
     description |= {"max_model_len": why, "reason": "asked for by the setting runner; not yet run on hardware by us"}
     return ServedModel(runner, config.vocab_size, max_model_len, _GPU_STEP_TIMEOUT_S, True, description)
 
@@ -168,9 +205,10 @@ def _reason(settings: Settings, placement: Placement) -> str:
     if placement.device.type == "cpu":
         return "no GPU was found"
     capability = torch.cuda.get_device_capability(placement.device)
-    if capability == _HOPPER:
+    if capability == COMPUTE_CAPABILITY:
         return "our own CUDA engine has not been run on hardware yet"
-    return f"our own CUDA engine is for compute capability 9.0 (Hopper), this GPU has {capability[0]}.{capability[1]}"
+    needed, found = (".".join(map(str, each)) for each in (COMPUTE_CAPABILITY, capability))
+    return f"our own CUDA engine is for compute capability {needed} (Hopper), this GPU has {found}"
 
 
 def available_host_bytes() -> int:

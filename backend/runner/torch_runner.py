@@ -12,6 +12,7 @@ from backend.checkpoint.weight_loader import Progress, load_weights
 from backend.checkpoint.weights import Weights
 from backend.engine.plan import PAGE_TOKENS, StepPlan, StepResult, TokenLogProbs
 from backend.errors import ConfigError, EngineFailure
+from backend.phases import Phases
 from backend.runner.batch import Batch, build_batch
 from backend.runner.gathered_attention import GatherSize
 from backend.runner.host_pages import HostPages
@@ -97,8 +98,9 @@ class TorchRunner:
         num_threads: int = 0,
         arithmetic: Arithmetic | None = None,
         progress: Progress | None = None,
+        phases: Phases | None = None,
     ) -> None:
-        """Read the checkpoint and allocate everything that will ever be needed.
+        """Read the checkpoint and allocate everything that will ever be needed; `phases` is told when the weights are there.
 
         `num_threads` 0 is `default_num_threads()`; it is PyTorch's number for the whole process. `arithmetic` None: the
         device's own. ConfigError when checkpoint, device or a dtype is not usable.
@@ -127,6 +129,8 @@ class TorchRunner:
                 weight_format=self._placement.weight_format,
                 progress=progress,
             )
+            if phases is not None:
+                phases.end("weights")
             kv = KvPages(
                 self.config,
                 num_pages,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import time
@@ -76,7 +75,7 @@ class MistralNemo:
 
     def close(self) -> None:
         """Send what is due and end the engine."""
-        withdraw("engine")
+        withdraw("engine", pid=self._engine.pid)
         withdraw("mistral_nemo")
         self._responder.close()
         self._engine.close()
@@ -141,7 +140,7 @@ class MistralNemo:
             self._death = f"{reason}; it is being restarted, try again soon"
         error = EngineFailure(self._death)
         self._metrics.observe_failures(error, self._responder.fail_all(error))
-        announce("engine", pid=os.getpid(), failure=reason)
+        announce("engine", pid=self._engine.pid, failure=reason)
 
 
 _TRITONS_OWN = {"EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS", "TRITON_BACKEND_PATH"}

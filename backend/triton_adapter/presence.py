@@ -41,11 +41,17 @@ def end_with_server() -> None:
     threading.Thread(target=watch, args=(os.getppid(),), name="watch-server", daemon=True).start()
 
 
-def withdraw(name: str) -> None:
-    """Remove the file: the process ends because it was asked to."""
+def withdraw(name: str, *, pid: int | None = None) -> None:
+    """Remove the file: the process (default: this one) ends because it was asked to.
+
+    When a model is loaded anew its old process ends last: then the file is its successor's, and stays.
+    """
     folder = os.environ.get(RUN_DIR_VARIABLE)
-    if folder:
-        Path(folder, f"{name}.json").unlink(missing_ok=True)
+    if not folder:
+        return
+    path = Path(folder, f"{name}.json")
+    if path.exists() and json.loads(path.read_text())["pid"] == (pid or os.getpid()):
+        path.unlink(missing_ok=True)
 
 
 def num_restarts() -> int:

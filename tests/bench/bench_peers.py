@@ -28,8 +28,8 @@ from typing import Any
 
 from client import Client, GenerationParams
 from tests.bench.conditions import PROJECT, RESULTS, conditions, write_results
-from tests.bench.load_report import client_load, run_load
-from tests.bench.peers.export_weights import export_weights
+from tests.bench.load_report import client_load, read_report, run_load
+from tests.bench.peers.gguf_file import write_gguf
 from tests.bench.peers.one_model_server import MODEL as ONE_MODEL
 from tests.bench.peers.one_model_server import OneModelServer
 from tests.bench.peers.processes import PeerProcess, memory_mb
@@ -131,15 +131,13 @@ def transformers(bench: Bench, way: str, engine: str) -> Cells:
         tokens = ChatTokens(CHECKPOINT / "tekken.json")
         bench.check(way, [tokens.decode([i for i in ids if i != EOS_ID]) for ids in json.loads(process.read_line())])
         for _ in bench.streams:
-            yield json.loads(process.read_line()) | {"memory_mb": memory_mb(process.pids())}
+            yield read_report(process.read_line()) | {"memory_mb": memory_mb(process.pids())}
 
 
 def llama_cpp(bench: Bench, way: str, engine: str) -> Cells:
     """llama.cpp's server."""
-    model, weights = bench.folder / "demo.gguf", bench.folder / "weights"
-    weights.mkdir()
-    export_weights(CHECKPOINT, weights)
-    subprocess.run([str(bench.peers_python), str(_PEERS / "gguf_file.py"), str(weights), str(model)], check=True)
+    model = bench.folder / "demo.gguf"
+    write_gguf(CHECKPOINT, model)
     sizes = (max(bench.streams), _PROMPT_TOKENS + _MAX_TOKENS + 64, _NUM_THREADS)
     command = [str(bench.peers_python), str(_PEERS / "llama_server.py"), str(model), *map(str, sizes)]
     with peer(command, bench.folder / "llama.txt") as process:

@@ -17,7 +17,12 @@ def run_load(module: str, arguments: Sequence[object], seconds: float) -> dict[s
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, timeout=seconds + 120, check=False)
     if not done.stdout:
         raise RuntimeError(done.stderr.decode())
-    report: dict[str, Any] = json.loads(done.stdout)
+    return read_report(done.stdout)
+
+
+def read_report(line: str | bytes) -> dict[str, Any]:
+    """A report out of its JSON; RuntimeError when a request failed."""
+    report: dict[str, Any] = json.loads(line)
     if report["errors"]:
         raise RuntimeError(f"requests failed: {report['errors']}")
     return report

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 from tests.bench.conditions import PROJECT, RESULTS, read_results
 from tests.bench.serving_tables import capacity_table, gpu_table, number, poisson_table
 from tests.evaluation.report import report as evaluation_tables
+from tests.marked import with_table
 
 README = PROJECT / "README.md"
 PAGE = RESULTS / "README.md"
@@ -44,9 +44,24 @@ def ensemble_table(results: dict[str, Any]) -> str:
 
 def overlap_table(results: dict[str, Any]) -> str:
     """Of bench_overlap."""
-    lines = ["| sequences | device idle, % | host per step, ms |", "|---:|---:|---:|"]
+    lines = [
+        "| sequences | device, ms a step | what runs | device idle, % | steps that came late, % | "
+        "late p99, ms | longest, ms | host per step, ms |",
+        "|---:|---:|---|" + "---:|" * 5,
+    ]
     for cell in results["cells"]:
-        lines.append(f"| {cell['sequences']} | {cell['idle_percent']:.1f} | {cell['host_ms_per_step']:.2f} |")
+        lines.append(
+            f"| {cell['sequences']} | {cell['device_ms']:g} | {cell['runs']} | {cell['idle_percent']:.2f} | "
+            f"{cell['gap_percent']:.2f} | {cell['gap_p99_ms']:.2f} | {cell['gap_max_ms']:.2f} | {cell['host_ms_per_step']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def runner_host_table(results: dict[str, Any]) -> str:
+    """Of bench_runner_host."""
+    lines = ["| sequences | host per step, ms | p99 |", "|---:|---:|---:|"]
+    for cell in results["cells"]:
+        lines.append(f"| {cell['sequences']} | {cell['median_ms']:.3f} | {cell['p99_ms']:.3f} |")
     return "\n".join(lines)
 
 
@@ -208,9 +223,9 @@ def section(name: str, place: Path) -> str:
     source = name.partition(" ")[0]
     file = RESULTS / f"{source}.json"
     if not file.exists():
-        return "\n\n**Not yet run on hardware.**\n\n"
+        return "**Not yet run on hardware.**"
     results = read_results(source)
-    return f"\n\n{PLACES[place][name](results)}\n\n{_about(results)} ([all of it]({os.path.relpath(file, place.parent)}))\n\n"
+    return f"{PLACES[place][name](results)}\n\n{_about(results)} ([all of it]({os.path.relpath(file, place.parent)}))"
 
 
 def _about(results: dict[str, Any]) -> str:
@@ -226,10 +241,7 @@ def _about(results: dict[str, Any]) -> str:
 def written(text: str, path: Path = README) -> str:
     """`text` of the file `path` with every table of it as the results have it; ValueError when one has no marks."""
     for name in PLACES[path]:
-        pattern = re.compile(rf"(?<=<!-- {name}: begin -->).*?(?=<!-- {name}: end -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"no marks for the table {name}")
-        text = pattern.sub(lambda _, name=name: section(name, path), text)  # type: ignore[misc]
+        text = with_table(text, name, section(name, path))
     return text
 
 

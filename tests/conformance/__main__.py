@@ -1,6 +1,7 @@
 """`python -m tests.conformance`: runs every test that `features.toml` names, records what came, and writes the README's table.
 
-With `--missing` only those that are not recorded as passed; with `--table` none, the table alone is written.
+The record is then of one commit and one date. With `--missing` only those run that are not recorded as passed, and the others
+stay as they were recorded; with `--table` none, the table alone is written.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def main() -> int:
         print("\n".join(found), file=sys.stderr)
         return 1
     tests = list(dict.fromkeys(test for feature in features for test in feature.tests))
-    record = read_record() if RECORD.exists() else {}
-    record = {test: outcome for test, outcome in record.items() if test in tests}
+    kept = read_record() if (arguments.missing or arguments.table) and RECORD.exists() else {}
+    record = {test: outcome for test, outcome in kept.items() if test in tests}
     if arguments.missing:
         tests = [test for test in tests if test not in record or record[test].outcome != "passed"]
     if not arguments.table and tests:

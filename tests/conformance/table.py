@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tests.conformance.features import Feature
 from tests.conformance.record import Outcome
+from tests.marked import with_table
 
 README = Path(__file__).with_name("README.md")
-BEGIN = "<!-- conformance: begin (written by python -m tests.conformance) -->"
-END = "<!-- conformance: end -->"
 
 
 def answer(feature: Feature, record: Mapping[str, Outcome]) -> str:
@@ -33,22 +33,25 @@ def table(features: list[Feature], record: Mapping[str, Outcome]) -> str:
             section = feature.section
             lines += ["", f"### {section}", "", "| feature | kept | tests |", "|---|---|---|"]
         lines.append(f"| {feature.name} | {said} | {', '.join(map(_link, feature.tests))} |")
-    ran = [record[test] for test in {test for feature in features for test in feature.tests} if test in record]
-    commits = sorted({outcome.commit for outcome in ran})
-    dates = sorted(outcome.date for outcome in ran)
-    num_cases = sum(outcome.num_cases for outcome in ran)
-    dated = f"{dates[0]} to {dates[-1]}" if dates and dates[0] != dates[-1] else "".join(dates[:1])
-    lines += ["", f"{len(ran)} tests, {num_cases} cases; run on {dated}; commit {', '.join(commits)}."]
+    tests = {test for feature in features for test in feature.tests}
+    lines += ["", *_runs([record[test] for test in tests if test in record])]
     return "\n".join(lines)
+
+
+def _runs(outcomes: Iterable[Outcome]) -> list[str]:
+    """A line a run: `make conformance` leaves one, later runs of single tests more."""
+    runs: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+    for outcome in outcomes:
+        runs[outcome.date, outcome.commit].append(outcome.num_cases)
+    return [
+        f"- Recorded on {date} at commit {commit}: {len(cases)} tests, {sum(cases)} cases."
+        for (date, commit), cases in sorted(runs.items())
+    ]
 
 
 def written(text: str, features: list[Feature], record: Mapping[str, Outcome]) -> str:
     """The README's text with the table between its marks; ValueError without them."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError("no marks for the table of conformance")
-    return f"{before}{begin}\n\n{table(features, record)}\n\n{end}{after}"
+    return with_table(text, "conformance", table(features, record))
 
 
 def _outcome(test: str, record: Mapping[str, Outcome]) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,6 +18,7 @@ from client.gateway.completion_request import CompletionRequest
 from tests.conformance.features import Feature, problems, read_features
 from tests.conformance.record import Outcome, outcome_of, read_record, write_record
 from tests.conformance.table import README, answer, table, written
+from tests.triton_stub import MetricFamily, triton_stub
 
 TEST = "conformance/test_conformance.py::test_every_row_has_a_test_that_exists"
 FEATURE = Feature("Section", "name", (TEST,))
@@ -64,7 +63,7 @@ def test_what_is_not_recorded_as_passed_is_no_yes(tmp_path: Path) -> None:
     assert answer(dataclasses.replace(FEATURE, reason="why"), {TEST: PASSED}) == "no: why"
     assert outcome_of(["passed", "failed", "skipped"]) == "failed"
     assert outcome_of(["passed", "skipped"]) == "skipped"
-    assert "1 tests, 1 cases; run on 2026-01-01; commit abc1234." in table([FEATURE], {TEST: PASSED})
+    assert "Recorded on 2026-01-01 at commit abc1234: 1 tests, 1 cases." in table([FEATURE], {TEST: PASSED})
     with pytest.raises(ValueError, match="no marks"):
         written("nothing", [FEATURE], {})
     write_record({TEST: PASSED}, tmp_path / "record.json")
@@ -89,27 +88,10 @@ def test_every_route_and_field_has_its_row() -> None:
     assert names("Gateway: fields") == {*ChatRequest.model_fields, *CompletionRequest.model_fields}
 
 
-def test_every_metric_has_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: set[str] = set()
-
-    class Family:
-        COUNTER = GAUGE = HISTOGRAM = 0
-
-        def __init__(self, name: str, **_: Any) -> None:
-            seen.add(name)
-
-        def Metric(self, **_: Any) -> Family:
-            return self
-
-        def set(self, _: float) -> None:
-            pass
-
-    fake = ModuleType("triton_python_backend_utils")
-    vars(fake)["MetricFamily"] = Family
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake)
-    monkeypatch.delitem(sys.modules, "backend.triton_adapter.metrics", raising=False)
-    importlib.import_module("backend.triton_adapter.metrics").Metrics().publish_description({})
-    monkeypatch.delitem(sys.modules, "backend.triton_adapter.metrics")
+def test_every_metric_has_its_row() -> None:
+    with triton_stub():
+        importlib.import_module("backend.triton_adapter.metrics").Metrics().publish_description({})
+        seen = set(MetricFamily.made)
     step_time = {f"nemo_step_time_seconds_{part}" for part in ("bucket", "sum", "count")}
     assert step_time <= seen
     assert (seen - step_time) | {"nemo_step_time_seconds"} <= names("Metrics")

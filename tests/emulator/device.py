@@ -192,6 +192,10 @@ class EmulatedDevice:
         """Nothing is ever under way."""
         return PassedMark()
 
+    def pinned(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Any memory will do."""
+        return torch.zeros(shape, dtype=dtype)
+
     def capture(self, record: Callable[[], None]) -> RecordedGraph:
         """A graph that replays the launches made by `record`."""
         if self._recording is not None:

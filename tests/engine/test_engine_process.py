@@ -181,8 +181,9 @@ def test_an_interrupt_is_ignored(shared: Owner) -> None:
     assert shared.wait_for_finish(31).num_output_tokens == 5
 
 
-def test_the_engine_has_a_process_group_of_its_own(shared: Owner) -> None:
+def test_the_engine_has_a_process_group_of_its_own_in_its_owners_session(shared: Owner) -> None:
     assert os.getpgid(shared.engine.pid) == shared.engine.pid != os.getpgid(0)
+    assert os.getsid(shared.engine.pid) == os.getsid(0)
 
 
 def test_sigterm_takes_everything_back_and_the_engine_goes_on(tekken_checkpoint: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_page_that_somebody_further_up_shares_stays() -> None:
     memory = KvMemory(num_pages=8, num_host_pages=16)
     above, below, needy = holder(5), holder(6), holder(3)
     admit(memory, above, 5, [], PROMPT)
-    memory.name_full_pages(above, len(PROMPT), PROMPT)
+    memory.name_full_pages(above, PROMPT)
     assert admit(memory, below, 6, [], PROMPT) == 5 * PAGE_TOKENS
     memory.admit(needy, (1,))
     assert memory.prepare(needy, 3 * PAGE_TOKENS, [below])
@@ -92,7 +92,7 @@ def test_the_host_has_room_for_shared_pages_too() -> None:
     middle, one, two, short, high = holder(4, "m"), holder(5), holder(5), holder(1, "s"), holder(4, "h")
     admit(memory, middle, 4, [])
     admit(memory, one, 5, [], PROMPT)
-    memory.name_full_pages(one, len(PROMPT), PROMPT)
+    memory.name_full_pages(one, PROMPT)
     assert admit(memory, two, 5, [], PROMPT) == 5 * PAGE_TOKENS
     assert memory.can_promise(5)
     admit(memory, short, 1, [high, middle, one, two])

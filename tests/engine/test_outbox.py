@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections import defaultdict
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
@@ -13,9 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backend.engine import messages
+from backend.engine.engine import Engine
 from backend.engine.events import EngineStats, FailureKind, RequestFailed, TokenEvent
 from backend.engine.outbox import MOST_EVENTS, MessageQueue, Outbox
 from backend.engine.plan import TokenLogProbs
+from backend.engine.request import GenerationRequest, SamplingParams
+from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
+from backend.runner.fake_runner import FakeRunner
 from tests.engine.text_oracle import decode_cut
 from tests.unit.test_pending import TOKEN_BYTES, make_events
 
@@ -189,5 +194,45 @@ def test_an_owner_that_does_not_read_holds_nothing_up_and_gets_everything() -> N
         num_messages += 1
     assert ids == [number for number in range(num_steps) for _ in range(20)]
     assert num_messages < num_steps, "what waited was joined"
+    outbox.close()
+    owner.close()
+
+
+def test_a_loop_whose_owner_reads_nothing_serves_to_the_end() -> None:
+    """All of it, through a socket that is full long before; what the owner reads then is complete."""
+    num_sequences, num_tokens = 32, 2000
+    limits = SchedulerLimits(num_sequences * 32, num_sequences, 512, num_sequences)
+    runner = FakeRunner(num_pages=limits.num_pages, max_num_seqs=num_sequences, first_id=0)
+    ours, theirs = socket.socketpair()
+    outbox, owner = Outbox(Connection(ours.detach())), Connection(theirs.detach())
+    ended = threading.Event()
+
+    def emit(events: list[Event], stats: EngineStats) -> None:
+        outbox.put_step(events, stats)
+        if stats.num_steps >= num_tokens and stats.num_pages_held == 0:
+            ended.set()
+
+    engine = Engine(Scheduler(limits, [bytes([byte]) for byte in range(256)], eos_id=0), runner, emit)
+    for handle in range(num_sequences):
+        engine.submit(
+            GenerationRequest(handle, "", (65,), num_tokens, sampling=SamplingParams(seed=handle), ignore_eos=True)
+        )
+    loop = threading.Thread(target=engine.run, daemon=True)
+    loop.start()
+    assert ended.wait(TIMEOUT_S), "the loop waited for the owner"
+    ids: defaultdict[int, list[int]] = defaultdict(list)
+    num_ended = 0
+    while num_ended < num_sequences:
+        assert owner.poll(TIMEOUT_S), "tokens were lost"
+        message = messages.receive_from_engine(owner)
+        assert isinstance(message, messages.Step)
+        for event in message.tokens:
+            ids[event.handle] += event.token_ids
+            num_ended += event.is_request_end
+    assert ids == {
+        handle: [runner.token_at(handle, position) for position in range(num_tokens)] for handle in range(num_sequences)
+    }
+    engine.stop()
+    loop.join(TIMEOUT_S)
     outbox.close()
     owner.close()

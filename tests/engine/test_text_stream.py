@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from backend.engine.stop_matcher import StopMatcher, StopString
-from backend.engine.text_stream import TextCut, TextStream, num_unfinished_bytes
+from backend.engine.text_stream import TextCut, TextStream, TokenTexts, num_unfinished_bytes
 from backend.text.detokenizer import cut_text
 from tests.engine.text_oracle import UNFINISHED, Output, allowed_text, decode_cut
 
@@ -55,7 +55,7 @@ stop_lists = st.lists(sensible_stops | wild_stops, max_size=4, unique=True)
 
 
 def make_stream(stops: list[bytes]) -> TextStream:
-    return TextStream(TOKEN_BYTES, tuple(StopString.compile(stop) for stop in stops))
+    return TextStream(TokenTexts(TOKEN_BYTES), tuple(StopString.compile(stop) for stop in stops))
 
 
 def id_of(text: bytes) -> int:
@@ -188,3 +188,24 @@ def test_text_without_any_first_byte_of_a_stop_string_is_not_held(stop_count: in
     stream = make_stream([b"." * length for length in range(2, 2 + stop_count)])
     stream.append(id_of(b"ab"))
     assert stream.take().take_bytes == 2
+
+
+@settings(max_examples=NUM_EXAMPLES)
+@given(token_ids=st.lists(ids, max_size=14), stops=stop_lists)
+@example(token_ids=[1, 1, 2, 1], stops=[b"aa"])
+@example(token_ids=[LEAD, TAIL, TAIL, 1], stops=[])
+def test_an_id_that_goes_out_alone_need_not_be_appended(token_ids: list[int], stops: list[bytes]) -> None:
+    """A stream that is not told of such ids says the same of all the others."""
+    whole, spared = make_stream(stops), make_stream(stops)
+    lengths_alone = TokenTexts(TOKEN_BYTES).lengths_alone
+    for token_id in token_ids:
+        stop, cut = whole.append(token_id), whole.take()
+        num_bytes = spared.num_bytes_alone(token_id)
+        if spared.is_free:
+            assert num_bytes == lengths_alone[token_id]
+        if num_bytes:
+            assert (stop, cut) == (None, TextCut((token_id,), 0, num_bytes))
+        else:
+            assert (stop, cut) == (spared.append(token_id), spared.take())
+        if stop is not None:
+            return

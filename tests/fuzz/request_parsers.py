@@ -21,9 +21,9 @@ from backend.settings import Settings, read_model_parameters
 from client.gateway.settings import GatewaySettings
 from tests.checkpoints import write_tekken
 from tests.fuzz.parser import Parser
-from tests.fuzz.triton_stub import Request, Tensor, request_of, triton_stub
 from tests.triton.live_server import PROJECT
 from tests.triton.mixed_requests import GUIDES, mixed_request
+from tests.triton_stub import Request, Tensor, request_of, triton_stub
 
 MAX_MODEL_LEN = 4096
 NUM_RANKS = 3000

@@ -25,7 +25,6 @@ _GIVEN = ("triton_python_backend_utils",)
 _ELSEWHERE = {
     "tests/evaluation/run_lm_eval.py": ("lm_eval",),
     "tests/bench/count_sentencepiece.py": ("sentencepiece",),
-    "tests/bench/peers/gguf_file.py": ("gguf",),
     "tests/bench/peers/llama_server.py": ("xllamacpp",),
     "tests/bench/peers/plot.py": ("matplotlib",),
     "tests/bench/plots.py": ("matplotlib",),

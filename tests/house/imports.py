@@ -86,6 +86,7 @@ DIRECTIONS = (
             "backend.engine.plan",
             "backend.engine.request",
             "backend.errors",
+            "backend.phases",
             "backend.settings",
             "kernels",
         ),

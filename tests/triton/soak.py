@@ -65,7 +65,7 @@ def run(
                 truths = make_truths(server, seed, max(1, num_requests // 8), progress=True)
             print(f"soak of the {name} server: {settings}", file=sys.stderr, flush=True)
             calls = make_calls(truths, seed, num_requests)
-            reports.append(soak(server, calls, at_once, max_seconds, progress=True, num_calls=len(calls)))
+            reports.append(soak(server, calls, at_once, max_seconds, progress=True))
             print(f"{name}: {reports[-1]}", flush=True)
             server.stop()
         finally:

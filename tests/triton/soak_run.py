@@ -81,16 +81,15 @@ def soak(
     at_once: int,
     max_seconds: float,
     progress: bool,
-    num_calls: int = 0,
     beside: Beside | None = None,
 ) -> SoakReport:
     """Send all calls, `at_once` at a time, and hold every answer and the metrics against what must be.
 
-    `calls` may be drawn while it runs; whatever of them is not sent within `max_seconds` is a problem. `num_calls`, if known,
-    is for the lines of progress. `beside` asks the server at the same time.
+    `calls` may be drawn while it runs; whatever of them is not sent within `max_seconds` is a problem. `beside` asks
+    the server at the same time.
     """
     wait_until_idle(server, _IDLE_TIMEOUT_S)
-    before, tally = read_metrics(server), _Tally(num_calls)
+    before, tally = read_metrics(server), _Tally()
     end_s = tally.started_s + max_seconds
     if beside is not None:
         beside.start()
@@ -143,13 +142,12 @@ def soak(
 class _Tally:
     """What has come of the calls so far; threads may add to it."""
 
-    def __init__(self, num_expected: int) -> None:
+    def __init__(self) -> None:
         self.started_s = time.monotonic()
         self.num_calls = self.num_tokens = 0
         self.num_reaching = self.num_surely_reaching = self.num_others = 0
         self.fates: Counter[str] = Counter()
         self.problems: list[str] = []
-        self._num_expected = num_expected
         self._lock = threading.Lock()
 
     def add(self, call: Call, fate: str, num_tokens: int) -> None:
@@ -172,8 +170,7 @@ class _Tally:
         self.num_surely_reaching += reaches and call.fate is not Fate.CANCELLED_AT_ONCE
 
     def __str__(self) -> str:
-        of_all = f"/{self._num_expected}" if self._num_expected else ""
-        done = f"{self.num_calls}{of_all} requests, {self.num_tokens} tokens, {len(self.problems)} problems"
+        done = f"{self.num_calls} requests, {self.num_tokens} tokens, {len(self.problems)} problems"
         return f"{time.monotonic() - self.started_s:6.0f} s  {done}"
 
 

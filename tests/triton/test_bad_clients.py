@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tests.triton.calls import CALL_TIMEOUT_S, ask, post, tensors
 from tests.triton.live_server import LiveServer, all_pids, command_line, http_get, wait_until
 from tests.triton.metrics import read_metrics, wait_for_metric, wait_until_idle
+from tests.triton.running import only_in_make_faults
 
 REQUEST: dict[str, Any] = {"prompt_token_ids": [1, 1500, 2600], "max_tokens": 24, "temperature": 1.0, "seed": 5}
 # Its answer has megabytes: more than sockets hold.
@@ -165,3 +167,21 @@ def listeners(server: LiveServer) -> list[int]:
 
 def num_handles(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+@only_in_make_faults
+def test_json_that_is_nested_too_deep_for_the_server(public: LiveServer) -> None:
+    """Server 2.51 reads JSON by recursion, and its HTTP thread's stack ends at about 100,000 levels; the gateway refuses that."""
+    before = serves(public)
+    body = b"[" * 200_000 + b"]" * 200_000
+    connection = http.client.HTTPConnection("127.0.0.1", public.openai_port, timeout=CALL_TIMEOUT_S)
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    assert connection.getresponse().status == 400
+    connection.close()
+    assert serves(public) == before
+    with pytest.raises((ConnectionError, http.client.HTTPException)):
+        post(public, "ensemble/generate", body)
+    wait_until(lambda: "tritonserver ended with status -11; starting the server anew" in public.log(), 10.0, public.log)
+    public.wait_until_ready()
+    public.wait_until_gateway_ready()
+    assert serves(public) == before

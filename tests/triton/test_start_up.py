@@ -139,11 +139,17 @@ def test_checkpoint_that_turns_out_wrong_while_loading(
 
 
 def test_both_layouts_serve(tmp_path: Path) -> None:
-    """A folder as Mistral publishes it is served as one of Hugging Face is."""
+    """A folder as Mistral publishes it is served as one of Hugging Face is; the log says where the time of the start went."""
     sizes: dict[str, Any] = {"num_layers": 1, "hidden_size": 64, "ffn_size": 96, "vocab_size": 2048, "has_tekken": True}
     server = LiveServer(make_checkpoint(tmp_path / "mistral", layout="consolidated", **sizes), tmp_path / "server")
     try:
         server.start().wait_until_ready()
         server.stop()
+        said = dict(re.findall(r" I (nemo\.\w+): ready in \d+\.\d s: (.*)", server.log()))
+        phases = {name: re.findall(r"([a-z-]+) \d+\.\d(?:, |$)", parts) for name, parts in said.items()}
+        assert phases == {
+            "nemo.engine": ["imports", "vocabulary", "weights", "memory", "engine"],
+            "nemo.serve": ["checks", "tritonserver", "models", "ensemble"],
+        }
     finally:
         server.kill_everything()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from collections import defaultdict
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,51 +12,16 @@ import pytest
 from backend.engine import messages
 from backend.engine.events import STEP_TIME_BOUNDS_S, EngineStats
 from backend.errors import Cancelled, DeadlineExceeded, EngineFailure, QueueFull, RequestError
-
-
-class Metric:
-    """Counts as Triton's does, and refuses what it refuses."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind, self.value = kind, 0.0
-
-    def increment(self, amount: float) -> None:
-        assert self.kind == "COUNTER"
-        assert amount > 0, "a counter only grows"
-        self.value += amount
-
-    def set(self, value: float) -> None:
-        assert self.kind == "GAUGE"
-        self.value = value
-
-
-class MetricFamily:
-    """`triton_python_backend_utils.MetricFamily`, as far as it is used; remembers every metric by name and labels."""
-
-    COUNTER, GAUGE, HISTOGRAM = "COUNTER", "GAUGE", "HISTOGRAM"
-    made: defaultdict[str, dict[str, Metric]]
-
-    def __init__(self, name: str, description: str, kind: str) -> None:
-        self._name, self._kind = name, kind
-
-    def Metric(self, labels: dict[str, str], **_: Any) -> Metric:
-        metric = Metric(self._kind)
-        self.made[self._name][",".join(f"{key}={value}" for key, value in labels.items())] = metric
-        return metric
+from tests.triton_stub import MetricFamily, triton_stub
 
 
 @pytest.fixture
 def metrics(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The module, over a Triton that only counts."""
-    fake = ModuleType("triton_python_backend_utils")
-    vars(fake)["MetricFamily"] = MetricFamily
-    MetricFamily.made = defaultdict(dict)
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake)
-    monkeypatch.delitem(sys.modules, "backend.triton_adapter.metrics", raising=False)
-    module = importlib.import_module("backend.triton_adapter.metrics")
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=iter(range(1, 1000)).__next__))
-    yield module
-    sys.modules.pop("backend.triton_adapter.metrics", None)
+    with triton_stub():
+        module = importlib.import_module("backend.triton_adapter.metrics")
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=iter(range(1, 1000)).__next__))
+        yield module
 
 
 def value(name: str, labels: str = "") -> float:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from backend.engine.events import Finish, FinishReason, TokenEvent
 from backend.engine.joined_event import JoinedEvent
 from backend.engine.stop_matcher import StopString
-from backend.engine.text_stream import TextStream
+from backend.engine.text_stream import TextStream, TokenTexts
 from backend.triton_adapter.pending import PendingQueue
 from tests.engine.text_oracle import decode_cut
 
@@ -27,7 +27,7 @@ def finish(num_output_tokens: int) -> Finish:
 
 def make_events(token_ids: list[list[int]], order: list[int]) -> list[TokenEvent]:
     """What a scheduler says about sequences that end with their last id (or are cancelled when they have none left)."""
-    streams = [TextStream(TOKEN_BYTES, STOPS) for _ in token_ids]
+    streams = [TextStream(TokenTexts(TOKEN_BYTES), STOPS) for _ in token_ids]
     remaining = [list(ids) for ids in token_ids]
     is_ended = [False] * len(token_ids)
     events = []

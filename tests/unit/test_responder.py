@@ -16,7 +16,7 @@ from backend.engine.events import Finish, FinishReason, TokenEvent
 from backend.engine.request import GenerationRequest
 from backend.triton_adapter.chunk_window import MOST_CHUNKS
 from backend.triton_adapter.presence import RUN_DIR_VARIABLE
-from tests.fuzz.triton_stub import triton_stub
+from tests.triton_stub import triton_stub
 
 FINISH = Finish(FinishReason.LENGTH, "", 3, 1, 0, 0, 0, 0, 0)
 TIMEOUT_S = 20.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +31,6 @@ class LinearInput:
         return LinearInput(
             self.values[:num_rows], None if self.scale is None else self.scale[:num_rows], self.static_scale
         )
-
-    def gathered(self, places: Sequence[int], width: int) -> LinearInput:
-        """A copy of some rows, and behind them the first again, so that there are `width`."""
-        index = torch.tensor([*places, *[places[0]] * (width - len(places))], device=self.values.device)
-        values = self.values.view(torch.uint8)[index].view(self.values.dtype)  # bytes, because PyTorch indexes no FP8
-        return LinearInput(values, None if self.scale is None else self.scale[index], self.static_scale)
 
 
 def first_of(memory: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

@@ -41,11 +41,10 @@ def num_slices(num_rows: int) -> int:
     return -(-num_rows // SLICE_ROWS)
 
 
-def attention_bytes(config: ModelConfig, max_num_seqs: int, max_rows: int, max_pages: int) -> int:
+def attention_bytes(config: ModelConfig, max_rows: int, max_pages: int) -> int:
     """What StepAttention allocates."""
     num_items = max_items(min(max_rows, SLICE_ROWS), max_pages)
-    num_tiles = _num_tiles(max_rows, max_num_seqs, config.num_heads, config.num_kv_heads)
-    return 4 * num_items * (config.num_heads * (config.head_dim + 2) + 2 * num_slices(max_rows)) + 4 * 4 * num_tiles
+    return 4 * num_items * (config.num_heads * (config.head_dim + 2) + 2 * num_slices(max_rows))
 
 
 class StepAttention:
@@ -60,12 +59,15 @@ class StepAttention:
         page_tables: torch.Tensor,
         sequences: torch.Tensor,
         lengths: torch.Tensor,
+        tiles: torch.Tensor,
+        num_tiles: torch.Tensor,
         unscaled: torch.Tensor,
     ) -> None:
         """Allocate for up to R rows.
 
         INT32, read at each run: page_tables [slots, pages]; sequences [R], of each row its row of them; lengths [R], the
-        keys it sees if it is a generated token, else 0. unscaled [R, H D] BF16: written in between.
+        keys it sees if it is a generated token, else 0; tiles [n, 4] of the rows of prompts, and num_tiles [1], how many
+        there are. unscaled [R, H D] BF16: written in between.
         """
         self._device = device
         self._num_heads, self._num_kv_heads = num_heads, num_kv_heads
@@ -73,7 +75,7 @@ class StepAttention:
         self._sequences = sequences
         self._lengths = lengths
         self._unscaled = unscaled
-        place, num_rows, num_slots = device.torch_device, len(lengths), len(page_tables)
+        place, num_rows = device.torch_device, len(lengths)
         self._num_rows = torch.full((1,), SLICE_ROWS, dtype=torch.int32, device=place)
         workspace = make_workspace(min(num_rows, SLICE_ROWS), page_tables.shape[1], num_heads, place)
         # Slices run one after the other, so they share the partial results, but not their schedules.
@@ -82,18 +84,8 @@ class StepAttention:
             {name: torch.zeros_like(workspace[name]) for name in ("items", "first_items")}
             for _ in range(num_slices(num_rows))
         ]
-        self._most_tiles = _num_tiles(num_rows, num_slots, num_heads, num_kv_heads)
-        self._tiles = torch.zeros(self._most_tiles, 4, dtype=torch.int32, device=place)
-        self._num_tiles = torch.zeros(1, dtype=torch.int32, device=place)
-
-    def load(self, tokens: StepTokens) -> None:
-        """Bring what the host plans of a step to the device, before it runs."""
-        if not tokens.chunks:
-            return
-        tiles = plan_tiles(tokens.chunks, self._num_heads, self._num_kv_heads)
-        tiles[:, 1] += tokens.num_generated  # the rows before those of the chunks
-        self._tiles[: len(tiles)] = tiles.to(self._tiles.device)
-        self._num_tiles.fill_(len(tiles))
+        self._tiles = tiles
+        self._num_tiles = num_tiles
 
     def schedule(self, shape: StepShape) -> None:
         """Once a step, before any `run` of the same shape."""
@@ -133,7 +125,7 @@ class StepAttention:
             )
         if shape.has_prompts:
             # NOTE: behind decode_attention, which puts zeros where a row sees nothing: those of prompts are written over here.
-            num_tiles = _num_tiles(shape.width, len(self._page_tables), self._num_heads, self._num_kv_heads)
+            num_tiles = most_tiles(shape.width, len(self._page_tables), self._num_heads, self._num_kv_heads)
             prefill_attention(
                 self._device,
                 q=queries,
@@ -159,6 +151,13 @@ def _slices(width: int) -> list[slice]:
     return [slice(first, min(first + SLICE_ROWS, width)) for first in range(0, width, SLICE_ROWS)]
 
 
-def _num_tiles(num_rows: int, num_slots: int, num_heads: int, num_kv_heads: int) -> int:
+def tiles_of(tokens: StepTokens, num_heads: int, num_kv_heads: int) -> torch.Tensor:
+    """Tiles [n, 4] INT32 of the chunks of prompts in a step, on the CPU."""
+    tiles = plan_tiles(tokens.chunks, num_heads, num_kv_heads)
+    tiles[:, 1] += tokens.num_generated  # the rows before those of the chunks
+    return tiles
+
+
+def most_tiles(num_rows: int, num_slots: int, num_heads: int, num_kv_heads: int) -> int:
     """Tiles of `num_rows` rows of prompts at most, whatever their chunks."""
     return max_tiles(num_rows, min(num_rows, num_slots), num_heads, num_kv_heads)

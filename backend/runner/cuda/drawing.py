@@ -3,101 +3,123 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from backend.engine.plan import PlanRow, TokenLogProbs
+from backend.engine.plan import TokenLogProbs
 from backend.runner.cuda.activations import LinearInput
+from backend.runner.cuda.carving import carve, num_words
+from backend.runner.cuda.graphs import DrawShape, HeadShape
 from backend.runner.cuda.slot_state import SlotState
+from backend.runner.cuda.staging import Staging, StepMemory, score_fields, to_device
 from backend.runner.cuda.step_tokens import width_for
 from backend.runner.cuda.transformer import CudaTransformer
 from backend.runner.memory_plan import PIECE_ROWS
 from backend.runner.model_runner import Mask
-from kernels.launch import Device
+from kernels.gather_rows import gather_rows
+from kernels.launch import Device, Mark
 from kernels.log_probs import log_probs
 from kernels.sample import make_workspace, sample
 
 
+@dataclass(frozen=True, slots=True)
+class StepDraw:
+    """What is drawn at the end of a step, for rows in these `slots`.
+
+    Those in `guided_slots`, in the order of their masks' rows, need a mask. `num_tops`: of each row in `scored`, which wants
+    log-probabilities, the alternatives it wants. `is_launched`: the graph of the step draws already.
+    """
+
+    slots: Sequence[int]
+    guided_slots: Sequence[int]
+    scored: Sequence[int]
+    num_tops: Sequence[int]
+    is_launched: bool
+
+
 class Drawn:
-    """What was drawn for the rows of a step, on its way to the host: to be read when `mark` has been waited for."""
+    """What was drawn for the rows of a step, on its way to the host: to be read when `wait` has returned."""
 
-    def __init__(
-        self,
-        token_ids: torch.Tensor,
-        is_finite: torch.Tensor,
-        scores: list[TokenScores],
-        places: Sequence[int],
-        device: Device,
-    ) -> None:
-        self._token_ids = to_host(token_ids)
-        self._is_finite = to_host(is_finite)
+    def __init__(self, draw: StepDraw, memory: StepMemory, scores: TokenScores | None, mark: Mark) -> None:
+        self._draw = draw
+        self._memory = memory
         self._scores = scores
-        self._places = places
-        self.mark = device.mark()
+        self._mark = mark
+        self._use = memory.num_uses
 
-    def broken_rows(self) -> list[int]:
-        """Rows whose logits are not all finite."""
-        return [row for row, is_finite in enumerate(self._is_finite.tolist()) if not is_finite]
+    def wait(self) -> None:
+        """Until it is on the host. LaunchError when a kernel failed."""
+        assert self._memory.num_uses == self._use, (
+            "a later step has the memory of this one, whose result was not asked for"
+        )
+        self._mark.wait()
+
+    def broken_slots(self) -> list[int]:
+        """Slots of the rows whose logits are not all finite."""
+        return [
+            slot for slot, is_finite in zip(self._draw.slots, self._output("is_finite"), strict=True) if not is_finite
+        ]
 
     def token_ids(self) -> tuple[int, ...]:
         """One id per row."""
-        return tuple(self._token_ids.tolist())
+        return tuple(self._output("token_ids"))
 
     def log_probs(self) -> tuple[TokenLogProbs | None, ...]:
         """Of the drawn ids, None where none was asked for; empty when nobody asked."""
-        if not self._scores:
+        if self._scores is None:
             return ()
-        found: list[TokenLogProbs | None] = [None] * len(self._token_ids)
-        scores = [score for piece in self._scores for score in piece.for_plan()]
-        for place, score in zip(self._places, scores, strict=True):
+        found: list[TokenLogProbs | None] = [None] * len(self._draw.slots)
+        for place, score in zip(self._draw.scored, self._scores.for_plan(), strict=True):
             found[place] = score
         return tuple(found)
 
-
-def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Starts a copy into pinned memory, which is whole when a mark made afterwards has been waited for."""
-    if tensor.device.type == "cpu":
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    def _output(self, name: str) -> list[int]:
+        values: list[int] = self._memory.outputs[name][: len(self._draw.slots)].tolist()
+        return values
 
 
 class TokenScores:
     """Log-probabilities of n ids, each with its `num_tops` most likely alternatives, on their way to the host as in Drawn."""
 
-    def __init__(self, device: Device, logits: torch.Tensor, ids: torch.Tensor, num_tops: Sequence[int]) -> None:
-        """Measure logits [n, V] FP32 at ids [n] INT32."""
-        num_rows, place = len(logits), logits.device
+    def __init__(
+        self,
+        device: Device,
+        logits: torch.Tensor,
+        ids: torch.Tensor,
+        num_rows: torch.Tensor,
+        num_tops: Sequence[int],
+        words: torch.Tensor,
+        host_words: torch.Tensor,
+    ) -> None:
+        """Measure logits [n, V] FP32 at ids [n] INT32, all of them rows that `num_rows` [1] INT32 counts.
+
+        words, host_words: memory for the results on both sides, as `score_fields` says.
+        """
         most = max(num_tops)
         self._num_tops = num_tops
-        chosen = torch.empty(num_rows, device=place)
-        ranks = torch.empty(num_rows, dtype=torch.int32, device=place)
-        top_ids = torch.empty(num_rows, most, dtype=torch.int32, device=place) if most else None
-        top_log_probs = torch.empty(num_rows, most, device=place) if most else None
+        fields = score_fields(len(ids), most)
+        found = carve(words, fields)
         log_probs(
             device,
             logits=logits,
             ids=ids,
-            chosen_log_probs=chosen,
-            ranks=ranks,
-            top_ids=top_ids,
-            top_log_probs=top_log_probs,
-            num_rows=torch.tensor([num_rows], dtype=torch.int32, device=place),
+            chosen_log_probs=found["log_probs"],
+            ranks=found["ranks"],
+            top_ids=found["top_ids"] if most else None,
+            top_log_probs=found["top_log_probs"] if most else None,
+            num_rows=num_rows,
         )
-        self._log_probs, self._ranks = to_host(chosen), to_host(ranks)
-        self._top_ids = None if top_ids is None else to_host(top_ids)
-        self._top_log_probs = None if top_log_probs is None else to_host(top_log_probs)
+        end = num_words(fields)
+        host_words[:end].copy_(words[:end], non_blocking=True)
+        self._found = carve(host_words, fields)
 
     def for_plan(self) -> list[TokenLogProbs]:
         """As the engine takes them."""
-        no_tops: list[list[int]] = [[]] * len(self._num_tops)
-        top_ids = no_tops if self._top_ids is None else self._top_ids.tolist()
-        top_log_probs = no_tops if self._top_log_probs is None else self._top_log_probs.tolist()
+        found = {name: tensor.tolist() for name, tensor in self._found.items()}
         return [
             TokenLogProbs(log_prob, rank, tuple(ids[:num_top]), tuple(its_log_probs[:num_top]))
-            for log_prob, rank, ids, its_log_probs, num_top in zip(
-                self._log_probs.tolist(), self._ranks.tolist(), top_ids, top_log_probs, self._num_tops, strict=True
-            )
+            for log_prob, rank, ids, its_log_probs, num_top in zip(*found.values(), self._num_tops, strict=True)
         ]
 
 
@@ -105,70 +127,112 @@ class Drawer:
     """Owns the logits of a step's sampled rows and the workspace of the draw."""
 
     def __init__(
-        self, device: Device, transformer: CudaTransformer, state: SlotState, num_rows: int, vocab_size: int
+        self, device: Device, transformer: CudaTransformer, state: SlotState, staging: Staging, vocab_size: int
     ) -> None:
+        """For as many rows as `staging` has room for."""
         self._device = device
         self._transformer = transformer
         self._state = state
+        self._staging = staging
         self._vocab_size = vocab_size
-        self._logits = torch.empty(num_rows, vocab_size, device=device.torch_device)
-        self._workspace = make_workspace(num_rows, vocab_size, device.torch_device)
+        self._max_rows = len(staging.outputs["token_ids"])
+        self._kept_rows = transformer.head_rows(max(self._max_rows, PIECE_ROWS))
+        self._logits = torch.empty(self._max_rows, vocab_size, device=device.torch_device)
+        self._workspace = make_workspace(self._max_rows, vocab_size, device.torch_device)
 
-    def compute_logits(self, hidden: LinearInput, places: Sequence[int]) -> None:
-        """Of the rows to be drawn from, n at most `num_rows`: those at `places` of `hidden`."""
-        self._compute(hidden, places, self._logits)
+    def width_for(self, num_rows: int) -> int:
+        """The width of a head or a draw of `num_rows` rows."""
+        return width_for(num_rows, self._max_rows)
+
+    def run_head(self, shape: HeadShape) -> None:
+        """Logits of the rows that are sampled, of the step that ran last."""
+        inputs = self._staging.inputs
+        if shape.is_gathered:
+            rows = self._gathered(
+                self._transformer.head_input, inputs["head_rows"][: shape.width], inputs["num_sampled"]
+            )
+        else:
+            rows = self._transformer.head_input.first(shape.width)
+        self._transformer.logits(rows, self._logits[: shape.width], inputs["num_sampled"])
+
+    def run_draw(self, shape: DrawShape) -> None:
+        """One id for each of these rows."""
+        inputs, outputs = self._staging.inputs, self._staging.outputs
+        rows = slice(shape.width)
+        sample(
+            self._device,
+            logits=self._logits[rows],
+            slots=inputs["draw_slots"][rows],
+            positions=inputs["draw_positions"][rows],
+            mask_rows=inputs["mask_rows"][rows],
+            masks=self._staging.masks,
+            **self._state.tensors,
+            **{name: tensor[rows] for name, tensor in self._workspace.items()},
+            token_ids=outputs["token_ids"][rows],
+            is_finite=outputs["is_finite"][rows],
+            num_rows=inputs["num_sampled"],
+        )
+
+    def upload_masks(self, draw: StepDraw, memory: StepMemory, masks: Mapping[int, Mask]) -> None:
+        """Start the copy of the masks of a draw, before it runs; a slot without a mask may draw any id."""
+        assert masks.keys() <= set(draw.guided_slots), f"masks of {sorted(masks)}, guided are {draw.guided_slots}"
+        if draw.guided_slots:
+            self._staging.upload_masks(memory, [masks.get(slot) for slot in draw.guided_slots])
+
+    def collect(self, draw: StepDraw, memory: StepMemory) -> Drawn:
+        """Start the copies of what was drawn."""
+        scores = None
+        if draw.scored:
+            inputs, token_ids, logits = self._staging.inputs, self._staging.outputs["token_ids"], self._logits
+            if len(draw.scored) < len(draw.slots):
+                rows = inputs["scored_rows"][: len(draw.scored)]
+                token_ids, logits = token_ids.index_select(0, rows), logits.index_select(0, rows)
+            scores = TokenScores(
+                self._device,
+                logits[: len(draw.scored)],
+                token_ids[: len(draw.scored)],
+                inputs["num_scored"],
+                draw.num_tops,
+                self._staging.score_words,
+                memory.score_words,
+            )
+        if draw.slots:
+            self._staging.download(memory)
+        return Drawn(draw, memory, scores, self._staging.end(memory))
 
     def score(self, hidden: LinearInput, places: Sequence[int], ids: Sequence[int], num_top: int) -> list[TokenScores]:
         """Log-probabilities of given ids at `places` of `hidden`, in pieces that bound the logits held at once."""
         pieces = []
         for first in range(0, len(ids), PIECE_ROWS):
             piece = slice(first, first + PIECE_ROWS)
-            its_ids = self._tensor(ids[piece])
-            num_rows = width_for(len(its_ids), PIECE_ROWS)
-            logits = torch.empty(num_rows, self._vocab_size, device=its_ids.device)
-            self._compute(hidden, places[piece], logits)
-            pieces.append(TokenScores(self._device, logits[: len(its_ids)], its_ids, [num_top] * len(its_ids)))
+            num_rows = len(ids[piece])
+            width = width_for(num_rows, PIECE_ROWS)
+            padding = [0] * (width - num_rows)
+            its_places, its_ids, count = (
+                to_device(self._device, values)
+                for values in ([*places[piece], *padding], [*ids[piece], *padding], [num_rows])
+            )
+            logits = torch.empty(width, self._vocab_size, device=its_ids.device)
+            self._transformer.logits(self._gathered(hidden, its_places, count), logits, count)
+            size = num_words(score_fields(num_rows, num_top))
+            words = torch.empty(size, dtype=torch.int32, device=its_ids.device)
+            host_words = self._device.pinned(size, dtype=torch.int32)
+            tops = [num_top] * num_rows
+            pieces.append(
+                TokenScores(self._device, logits[:num_rows], its_ids[:num_rows], count, tops, words, host_words)
+            )
         return pieces
 
-    def draw(self, plan_rows: Sequence[PlanRow], masks: Mapping[int, Mask]) -> Drawn:
-        """One id for each of the plan's sampled rows, whose logits were computed last, in their order."""
-        for row in plan_rows:
-            if row.num_forced:
-                self._state.force(row.slot, row.token_ids[-row.num_forced :])
-        num_rows, place = len(plan_rows), self._logits.device
-        token_ids = torch.empty(num_rows, dtype=torch.int32, device=place)
-        is_finite = torch.empty(num_rows, dtype=torch.int32, device=place)
-        if num_rows == 0:
-            return Drawn(token_ids, is_finite, [], (), self._device)
-        slots = [row.slot for row in plan_rows]
-        masked = [slot for slot in slots if slot in masks]
-        mask_words = [masks[slot] for slot in masked] or [np.zeros(-(-self._vocab_size // 32), dtype=np.int32)]
-        logits = self._logits[:num_rows]
-        sample(
+    def _gathered(self, hidden: LinearInput, places: torch.Tensor, num_rows: torch.Tensor) -> LinearInput:
+        """Copies of the rows at `places` [n], of which `num_rows` count; they stand until the next call."""
+        kept = self._kept_rows.first(len(places))
+        gather_rows(
             self._device,
-            logits=logits,
-            slots=self._tensor(slots),
-            positions=self._tensor([row.start + row.num_tokens for row in plan_rows]),
-            mask_rows=self._tensor([masked.index(slot) if slot in masks else -1 for slot in slots]),
-            masks=torch.from_numpy(np.stack(mask_words)).to(place),
-            **self._state.tensors,
-            **{name: tensor[:num_rows] for name, tensor in self._workspace.items()},
-            token_ids=token_ids,
-            is_finite=is_finite,
-            num_rows=self._tensor([num_rows]),
+            x=hidden.values,
+            scale=hidden.written_scale,
+            rows=places,
+            out=kept.values,
+            out_scale=kept.written_scale,
+            num_rows=num_rows,
         )
-        num_tops = self._state.num_tops[slots]
-        asking = np.flatnonzero(num_tops >= 0).tolist()
-        scores = []
-        if asking:
-            its_rows = torch.tensor(asking, device=place)
-            scores = [TokenScores(self._device, logits[its_rows], token_ids[its_rows], num_tops[asking].tolist())]
-        return Drawn(token_ids, is_finite, scores, asking, self._device)
-
-    def _compute(self, hidden: LinearInput, places: Sequence[int], logits: torch.Tensor) -> None:
-        """Into the first rows of `logits`. As many run as a step may be wide, so that few kernels serve all numbers of rows."""
-        width = width_for(len(places), len(logits))
-        self._transformer.logits(hidden.gathered(places, width), logits[:width], self._tensor([len(places)]))
-
-    def _tensor(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32).to(self._logits.device)
+        return kept

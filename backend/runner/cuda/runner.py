@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from backend.checkpoint.matrix import WeightFormat
@@ -13,10 +14,13 @@ from backend.checkpoint.weight_loader import Progress, load_weights
 from backend.checkpoint.weights import Weights
 from backend.engine.plan import PAGE_TOKENS, PlanRow, StepPlan, StepResult, TokenLogProbs
 from backend.errors import ConfigError, EngineFailure
+from backend.phases import Phases
 from backend.runner.cuda.activations import LinearInput
-from backend.runner.cuda.attention import attention_bytes
-from backend.runner.cuda.drawing import Drawer, Drawn, TokenScores
+from backend.runner.cuda.attention import StepShape, attention_bytes, most_tiles, shape_of, tiles_of
+from backend.runner.cuda.drawing import Drawer, Drawn, StepDraw, TokenScores
+from backend.runner.cuda.graphs import DrawShape, HeadShape, Part, StepGraphs
 from backend.runner.cuda.slot_state import SLOT_BYTES, SlotState
+from backend.runner.cuda.staging import MAX_UPDATES, Staging, StepMemory, staging_bytes, to_device
 from backend.runner.cuda.step_tokens import StepTokens, lay_out
 from backend.runner.cuda.transformer import CudaTransformer
 from backend.runner.host_pages import HostPages
@@ -25,6 +29,7 @@ from backend.runner.memory_plan import PIECE_ROWS
 from backend.runner.model_runner import Mask
 from backend.runner.placement import choose_dtypes, describe_dtypes
 from kernels.launch import Device
+from kernels.scatter import scatter
 
 _HEAD_DIM = 128
 _SIZE_MULTIPLE = 128
@@ -33,16 +38,21 @@ _SIZE_MULTIPLE = 128
 def cuda_workspace_bytes(config: ModelConfig, max_num_seqs: int, max_model_len: int, max_step_tokens: int) -> int:
     """Bytes beside weights and KV pages, at most: logits and sampler state of every slot, a step's activations and attention."""
     max_pages = -(-max_model_len // PAGE_TOKENS)
-    of_slots = max_num_seqs * (3 * 4 * config.vocab_size + 4 * max_pages + SLOT_BYTES)
-    of_scores = 4 * PIECE_ROWS * config.vocab_size
+    num_tiles = most_tiles(max_step_tokens, max_num_seqs, config.num_heads, config.num_kv_heads)
+    # Logits, adjusted ones, histories, and a copy of the logits of which log-probabilities are asked; a mask.
+    of_slots = max_num_seqs * (4 * 4 * config.vocab_size + config.vocab_size // 8 + 4 * max_pages + SLOT_BYTES)
+    of_scores = 2 * 4 * PIECE_ROWS * config.vocab_size  # of a piece, and of the one before until it is there
+    of_head = max(max_num_seqs, PIECE_ROWS) * (2 * config.hidden_size + 4)
     widest = max(config.hidden_size, config.query_size, config.ffn_size)
     row = 2 * (2 * config.hidden_size + 2 * config.query_size + 2 * config.kv_size + 2 * config.ffn_size) + 3 * widest
     angles = 4 * max_model_len * config.head_dim
     return (
         of_slots
         + of_scores
+        + of_head
         + max_step_tokens * row
-        + attention_bytes(config, max_num_seqs, max_step_tokens, max_pages)
+        + staging_bytes(max_step_tokens, max_num_seqs, num_tiles, -(-config.vocab_size // 32))
+        + attention_bytes(config, max_step_tokens, max_pages)
         + angles
     )
 
@@ -50,9 +60,18 @@ def cuda_workspace_bytes(config: ModelConfig, max_num_seqs: int, max_model_len: 
 class CudaStep:
     """A launched step, drawn by `draw`; the device may still run when both have returned."""
 
-    def __init__(self, runner: CudaRunner, rows: tuple[PlanRow, ...], scores: tuple[list[TokenScores], ...]) -> None:
+    def __init__(
+        self,
+        runner: CudaRunner,
+        rows: tuple[PlanRow, ...],
+        draw: StepDraw,
+        memory: StepMemory,
+        scores: tuple[list[TokenScores], ...],
+    ) -> None:
         self._runner = runner
         self._rows = rows
+        self._draw = draw
+        self._memory = memory
         self._scores = scores
         self._drawn: Drawn | None = None
 
@@ -62,10 +81,10 @@ class CudaStep:
         return self._drawn is not None
 
     def draw(self, masks: Mapping[int, Mask]) -> None:
-        """Take the forced ids into the outputs, then draw once for each row with `is_sampled`."""
+        """Draw once for each row with `is_sampled`, unless that is under way already."""
         assert self._drawn is None, "a step is drawn once"
         with torch.inference_mode():
-            self._drawn = self._runner.draw(self._rows, masks)
+            self._drawn = self._runner.draw(self._draw, self._memory, masks)
 
     def result(self) -> StepResult:
         """Wait for this step, not for one launched since; ids and log-probabilities.
@@ -73,10 +92,9 @@ class CudaStep:
         EngineFailure names the slots whose logits were NaN or infinite. LaunchError when a kernel failed.
         """
         assert self._drawn is not None, "a step is drawn before its result is asked for"
-        self._drawn.mark.wait()
-        if broken := self._drawn.broken_rows():
-            sampled = [row for row in self._rows if row.is_sampled]
-            _refuse([sampled[place].slot for place in broken], "in slot")
+        self._drawn.wait()
+        if broken := self._drawn.broken_slots():
+            _refuse(broken, "in slot")
         return StepResult(self._drawn.token_ids(), self._drawn.log_probs(), self._prompt_log_probs())
 
     def _prompt_log_probs(self) -> tuple[tuple[TokenLogProbs, ...], ...]:
@@ -131,17 +149,19 @@ class CudaRunner:
             scales = [(layer.kv_scales[0].item(), layer.kv_scales[1].item()) for layer in weights.layers]
             self.kv = KvPages(config, num_pages, device=place, dtype=kv_dtype, scales=scales)
             self._host_pages = HostPages(config, num_host_pages, self.kv)
-            self._state = SlotState(max_num_seqs, config.vocab_size, place)
-            self._transformer = CudaTransformer(
+            self._state = SlotState(max_num_seqs, config.vocab_size, -(-max_model_len // PAGE_TOKENS), place)
+            self._staging = Staging(
                 device,
-                config,
-                weights,
-                self.kv,
-                self._state.last_ids,
-                max_model_len=max_model_len,
-                max_step_tokens=max_step_tokens,
+                max_rows=max_step_tokens,
+                max_sampled=max_num_seqs,
+                max_tiles=most_tiles(max_step_tokens, max_num_seqs, config.num_heads, config.num_kv_heads),
+                mask_words=-(-config.vocab_size // 32),
             )
-            self._drawer = Drawer(device, self._transformer, self._state, max_num_seqs, config.vocab_size)
+            self._transformer = CudaTransformer(
+                device, config, weights, self.kv, self._state, self._staging, max_model_len=max_model_len
+            )
+            self._drawer = Drawer(device, self._transformer, self._state, self._staging, config.vocab_size)
+        self._graphs = StepGraphs(device, self._run)
         self._prompts: list[tuple[int, ...]] = [()] * max_num_seqs
         self._last_step: CudaStep | None = None
 
@@ -155,11 +175,13 @@ class CudaRunner:
         kv_dtype: str = "auto",
         head_dtype: str = "auto",
         progress: Progress | None = None,
+        phases: Phases | None = None,
         **limits: int,
     ) -> CudaRunner:
         """Of a checkpoint; ConfigError when it cannot be read, or the kernels do not serve its sizes or a dtype.
 
-        `limits`: num_pages, num_host_pages, max_num_seqs, max_model_len, max_step_tokens.
+        `limits`: num_pages, num_host_pages, max_num_seqs, max_model_len, max_step_tokens. `phases` is told when the weights are
+        there.
         """
         config = read_model_config(folder)
         _check_sizes(config)
@@ -172,10 +194,15 @@ class CudaRunner:
             )
         with torch.inference_mode():
             weights = load_weights(folder, config, device=device.torch_device, weight_format=kept, progress=progress)
+        if phases is not None:
+            phases.end("weights")
         return cls(config, weights, device, weight_format=kept, kv_dtype=kv, **limits)
 
     def launch(self, plan: StepPlan) -> CudaStep:
-        """Copy pages and run the forward pass of all tokens; the step before must have been drawn."""
+        """Copy pages and run the forward pass of all tokens; the step before must have been drawn.
+
+        A step of generated tokens alone, each of them sampled and none guided, is one graph, its draw included.
+        """
         assert 0 < plan.num_tokens <= self.max_step_tokens, f"{plan.num_tokens} tokens in a step"
         assert self._last_step is None or self._last_step.is_drawn, "the step before was not drawn"
         with torch.inference_mode():
@@ -184,18 +211,34 @@ class CudaRunner:
                 if row.slot_start is not None:
                     self._state.start(row.slot, row.slot_start)
                     self._prompts[row.slot] = row.slot_start.prompt_token_ids
-                self._transformer.set_pages(row.slot, row.page_ids)
+            self._state.set_pages(plan.rows)
             tokens = lay_out(plan, self._prompts)
-            hidden = self._transformer.hidden(tokens)
-            if tokens.sampled:
-                self._drawer.compute_logits(hidden, tokens.sampled)
-            scores = self._score(plan, tokens, hidden)
-        self._last_step = CudaStep(self, plan.rows, scores)
+            shape = shape_of(tokens, self.max_step_tokens)
+            is_one_graph = tokens.are_all_sampled and not tokens.chunks and not plan.needs_masks
+            draw = self._draw_of(plan, tokens, is_launched=is_one_graph)
+            memory = self._staging.begin()
+            self._upload(memory, plan, tokens, shape, draw)
+            for row in plan.rows:
+                if row.num_forced:
+                    self._state.force(row.slot, to_device(self._device, row.forced_ids))
+            width = self._drawer.width_for(len(draw.slots)) if draw.slots else 0
+            head = HeadShape(width, is_gathered=not tokens.are_all_sampled)
+            if is_one_graph:
+                self._graphs.replay(shape, head, DrawShape(width))
+            else:
+                self._graphs.replay(shape)
+                if draw.slots:
+                    self._graphs.replay(head)
+            scores = self._score(plan, tokens, self._transformer.hidden(shape))
+        self._last_step = CudaStep(self, plan.rows, draw, memory, scores)
         return self._last_step
 
-    def draw(self, rows: tuple[PlanRow, ...], masks: Mapping[int, Mask]) -> Drawn:
-        """Draw for the rows of the step that was launched last."""
-        return self._drawer.draw([row for row in rows if row.is_sampled], masks)
+    def draw(self, draw: StepDraw, memory: StepMemory, masks: Mapping[int, Mask]) -> Drawn:
+        """Draw for the step that was launched last, and start the copies of what comes out."""
+        self._drawer.upload_masks(draw, memory, masks)
+        if draw.slots and not draw.is_launched:
+            self._graphs.replay(DrawShape(self._drawer.width_for(len(draw.slots))))
+        return self._drawer.collect(draw, memory)
 
     def describe(self) -> dict[str, str]:
         """What runs here: runner, device, dtypes, and that results are batch-invariant."""
@@ -208,7 +251,66 @@ class CudaRunner:
 
     def close(self) -> None:
         """Free weights, pages and sampler state; the runner cannot be used afterwards."""
-        del self._transformer, self._drawer, self._host_pages, self._state, self._last_step, self.kv
+        del (
+            self._graphs,
+            self._transformer,
+            self._drawer,
+            self._staging,
+            self._host_pages,
+            self._state,
+            self._last_step,
+            self.kv,
+        )
+
+    def _run(self, part: Part) -> None:
+        match part:
+            case StepShape():
+                self._transformer.run(part)
+            case HeadShape():
+                self._drawer.run_head(part)
+            case DrawShape():
+                self._drawer.run_draw(part)
+
+    def _draw_of(self, plan: StepPlan, tokens: StepTokens, *, is_launched: bool) -> StepDraw:
+        guided = [row.slot for row in plan.rows if row.is_guided and row.is_sampled]
+        num_tops = self._state.num_tops[tokens.sampled_slots]
+        scored = np.flatnonzero(num_tops >= 0)
+        return StepDraw(tokens.sampled_slots.tolist(), guided, scored.tolist(), num_tops[scored].tolist(), is_launched)
+
+    def _upload(self, memory: StepMemory, plan: StepPlan, tokens: StepTokens, shape: StepShape, draw: StepDraw) -> None:
+        """Write what the device must know of the step, and start its copy."""
+        inputs = memory.inputs
+        num_tokens, num_sampled = len(tokens.token_ids), len(tokens.sampled)
+        inputs["num_tokens"][0] = num_tokens
+        inputs["num_sampled"][0] = num_sampled
+        inputs["token_ids"][:num_tokens] = tokens.token_ids
+        inputs["slots"][:num_tokens] = tokens.slots
+        inputs["positions"][:num_tokens] = tokens.positions
+        inputs["lengths"][: tokens.num_generated] = tokens.positions[: tokens.num_generated] + 1
+        inputs["lengths"][tokens.num_generated : shape.width] = 0
+        inputs["head_rows"][:num_sampled] = tokens.sampled
+        inputs["draw_slots"][:num_sampled] = tokens.sampled_slots
+        inputs["draw_positions"][:num_sampled] = tokens.positions[tokens.sampled] + 1
+        inputs["mask_rows"][:num_sampled] = -1
+        for row, slot in enumerate(draw.guided_slots):
+            inputs["mask_rows"][draw.slots.index(slot)] = row
+        inputs["num_scored"][0] = len(draw.scored)
+        inputs["scored_rows"][: len(draw.scored)] = draw.scored
+        if tokens.chunks:
+            tiles = tiles_of(tokens, self.config.num_heads, self.config.num_kv_heads)
+            inputs["num_tiles"][0] = len(tiles)
+            inputs["tiles"][: len(tiles)] = tiles
+        updates = self._state.take_updates()
+        if len(updates) > MAX_UPDATES:
+            early, updates = updates[:-MAX_UPDATES], updates[-MAX_UPDATES:]
+            scatter(
+                self._device,
+                updates=to_device(self._device, early),
+                memory=self._state.memory,
+                num_updates=to_device(self._device, [len(early)]),
+            )
+        inputs["updates"][: len(updates)] = updates
+        self._staging.upload(memory, len(updates))
 
     def _score(self, plan: StepPlan, tokens: StepTokens, hidden: LinearInput) -> tuple[list[TokenScores], ...]:
         asking = [row for row in plan.rows if row.num_prompt_logprobs is not None]

@@ -39,8 +39,9 @@ class StepTokens:
 
     `token_ids`: an id, or -1 - slot for the one last drawn in the slot. `slots`, `positions`: of each token.
     `num_generated`: tokens behind their prompts, drawn or forced; they come first. `chunks`: the rows of prompts behind them.
-    Places among the tokens: `sampled`, of the last one of each row with `is_sampled`; `scored`, for each row with
-    `num_prompt_logprobs`, of its tokens that a prompt token follows. Final hidden states are needed of these alone.
+    `sampled`: of each row with `is_sampled` the place of its last token, and `sampled_slots` its slot. `scored`: for each row
+    with `num_prompt_logprobs`, the places of its tokens that a prompt token follows. Final hidden states are needed of these
+    alone.
     """
 
     token_ids: Int32Array
@@ -48,34 +49,52 @@ class StepTokens:
     positions: Int32Array
     num_generated: int
     chunks: tuple[Chunk, ...]
-    sampled: tuple[int, ...]
+    sampled: Int32Array
+    sampled_slots: Int32Array
     scored: tuple[range, ...]
+
+    @property
+    def are_all_sampled(self) -> bool:
+        """Whether every token is the only one of its row, and sampled."""
+        return len(self.sampled) == len(self.token_ids)
 
 
 def lay_out(plan: StepPlan, prompts: list[tuple[int, ...]]) -> StepTokens:
     """Put a plan's tokens side by side; `prompts`: of each slot."""
-    token_ids, slots, positions = (np.empty(plan.num_tokens, dtype=np.int32) for _ in range(3))
-    chunks: list[Chunk] = []
-    sampled: list[int] = []
-    scored: list[range] = []
-    first = num_generated = 0
-    for row in plan.rows:
-        end = first + row.num_tokens
-        token_ids[first:end] = row.token_ids or -1 - row.slot
-        slots[first:end] = row.slot
-        positions[first:end] = np.arange(row.start, row.start + row.num_tokens)
-        # What a token is decides which kernel computes its attention, so it must follow from its sequence alone.
-        if row.start < len(prompts[row.slot]):
-            chunks.append(Chunk(row.slot, row.start, row.num_tokens))
-        else:
-            assert not chunks, "generated tokens come before those of prompts"
-            num_generated = end
-        if row.is_sampled:
-            sampled.append(end - 1)
-        if row.num_prompt_logprobs is not None:
-            scored.append(range(first, first + _num_scored(row, prompts[row.slot])))
-        first = end
-    return StepTokens(token_ids, slots, positions, num_generated, tuple(chunks), tuple(sampled), tuple(scored))
+    rows = plan.rows
+    # NOTE: lists, then arrays of them: there are hundreds of rows, and writing an array number by number is slow.
+    row_slots = np.array([row.slot for row in rows], dtype=np.int32)
+    starts = np.array([row.start for row in rows], dtype=np.int32)
+    sizes = np.array([row.num_tokens for row in rows], dtype=np.int32)
+    ends = sizes.cumsum(dtype=np.int32)
+    firsts = ends - sizes
+    # What a token is decides which kernel computes its attention, so it must follow from its sequence alone.
+    is_prompt = starts < np.array([len(prompts[row.slot]) for row in rows], dtype=np.int32)
+    num_generated_rows = len(rows) - int(is_prompt.sum())
+    assert not is_prompt[:num_generated_rows].any(), "generated tokens come before those of prompts"
+    slots = row_slots.repeat(sizes)
+    token_ids = -1 - slots
+    for index, row in enumerate(rows):
+        if row.token_ids:
+            token_ids[firsts[index] : ends[index]] = row.token_ids
+    positions = np.arange(len(slots), dtype=np.int32) + np.subtract(starts, firsts).repeat(sizes)
+    sampled_rows = np.flatnonzero([row.is_sampled for row in rows])
+    return StepTokens(
+        token_ids,
+        slots,
+        positions,
+        int(ends[num_generated_rows - 1]) if num_generated_rows else 0,
+        tuple([Chunk(row.slot, row.start, row.num_tokens) for row in rows[num_generated_rows:]]),
+        ends[sampled_rows] - np.int32(1),
+        row_slots[sampled_rows],
+        tuple(
+            [
+                range(first, first + _num_scored(row, prompts[row.slot]))
+                for row, first in zip(rows, firsts.tolist(), strict=True)
+                if row.num_prompt_logprobs is not None
+            ]
+        ),
+    )
 
 
 def _num_scored(row: PlanRow, prompt: tuple[int, ...]) -> int:

@@ -1,23 +1,23 @@
-"""The dense Mistral transformer on the project's kernels: all tokens of a step through all layers, replayed as a graph."""
+"""The dense Mistral transformer on the project's kernels: all tokens of a step through all layers."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from backend.checkpoint.matrix import Matrix
 from backend.checkpoint.model_config import ModelConfig
 from backend.checkpoint.weights import LayerWeights, Weights
-from backend.engine.plan import PAGE_TOKENS
 from backend.runner.cuda.activations import LinearInput, first_of, input_of
-from backend.runner.cuda.attention import StepAttention, StepShape, shape_of
-from backend.runner.cuda.step_tokens import StepTokens
+from backend.runner.cuda.attention import StepAttention, StepShape
+from backend.runner.cuda.slot_state import SlotState
+from backend.runner.cuda.staging import Staging
 from backend.runner.kv_pages import KvPages
 from kernels.embedding import embedding
-from kernels.launch import Device, Graph
+from kernels.launch import Device
 from kernels.linear import linear
 from kernels.rmsnorm import rmsnorm
 from kernels.rope_kv import angle_table, rope_kv
+from kernels.scatter import scatter
 from kernels.swiglu import swiglu
 
 
@@ -33,17 +33,18 @@ class CudaTransformer:
         config: ModelConfig,
         weights: Weights,
         kv: KvPages,
-        last_ids: torch.Tensor,
+        state: SlotState,
+        staging: Staging,
         *,
         max_model_len: int,
-        max_step_tokens: int,
     ) -> None:
-        """Allocate what steps of up to `max_step_tokens` need. `last_ids` [slots] INT32: the id last drawn in each slot."""
+        """Allocate what steps of as many tokens need as `staging` has room for."""
         self._device = device
         self._config = config
         self._weights = weights
         self._kv = kv
-        self._last_ids = last_ids
+        self._state = state
+        self._step = staging.inputs
         self._norms = [(_bf16(layer.attention_norm), _bf16(layer.ffn_norm)) for layer in weights.layers]
         self._norm = _bf16(weights.norm)
         self._angles = angle_table(config.rope_theta, max_model_len).to(device.torch_device)
@@ -54,13 +55,8 @@ class CudaTransformer:
             else (None, None)
             for layer in range(config.num_layers)
         ]
-        self._page_tables = self._zeros(len(last_ids), -(-max_model_len // PAGE_TOKENS), dtype=torch.int32)
-        self._known_pages: list[tuple[int, ...]] = [()] * len(last_ids)
-        rows = self._max_rows = max_step_tokens
-        # Rows of one array, so that one copy brings all that the host says of a step; each begins at a multiple of 16 bytes.
-        self._step = self._zeros(5, -(-rows // 4) * 4, dtype=torch.int32)
-        self._num_tokens = self._step[0, :1]
-        self._token_ids, self._slots, self._positions, self._lengths = (self._step[row, :rows] for row in range(1, 5))
+        self._num_tokens = self._step["num_tokens"]
+        rows = self._max_rows = len(self._step["token_ids"])
         heads = config.num_heads + 2 * config.num_kv_heads
         widest = max(config.hidden_size, config.query_size, config.ffn_size)
         self._residual, self._branch = (self._zeros(rows, config.hidden_size) for _ in range(2))
@@ -74,9 +70,11 @@ class CudaTransformer:
             device,
             config.num_heads,
             config.num_kv_heads,
-            page_tables=self._page_tables,
-            sequences=self._slots,
-            lengths=self._lengths,
+            page_tables=state.page_tables,
+            sequences=self._step["slots"],
+            lengths=self._step["lengths"],
+            tiles=self._step["tiles"],
+            num_tiles=self._step["num_tiles"],
             # Nothing else is in this memory while attention runs: its result is what it holds next, if that is BF16.
             unscaled=first_of(self._values[torch.bfloat16], rows, config.query_size),
         )
@@ -86,43 +84,35 @@ class CudaTransformer:
             for layer in weights.layers
         ]
         self.head_input = self._input_of(weights.head)
-        self._graphs: dict[StepShape, Graph] = {}
 
-    def set_pages(self, slot: int, page_ids: tuple[int, ...]) -> None:
-        """Where the tokens of a slot's sequence lie; only what has changed is uploaded."""
-        known = self._known_pages[slot]
-        if page_ids != known:
-            first = len(known) if page_ids[: len(known)] == known else 0
-            new = torch.tensor(page_ids[first:], dtype=torch.int32)
-            self._page_tables[slot, first : len(page_ids)] = new.to(self._page_tables.device)
-            self._known_pages[slot] = page_ids
+    def head_rows(self, num_rows: int) -> LinearInput:
+        """New memory for rows as the head reads them."""
+        matrix, dtype = self._weights.head, self.head_input.values.dtype
+        values = {dtype: self._zeros(num_rows, matrix.shape[1], dtype=dtype)}
+        return input_of(matrix, num_rows, values, self._zeros(num_rows, dtype=torch.float32))
 
-    def hidden(self, tokens: StepTokens) -> LinearInput:
-        """Run a step; its normed rows [at least T], as the head reads them, stand until the next one runs."""
-        num_tokens, shape = len(tokens.token_ids), shape_of(tokens, self._max_rows)
-        lengths = np.where(np.arange(num_tokens) < tokens.num_generated, tokens.positions + 1, 0)
-        step = np.zeros((len(self._step), shape.width), dtype=np.int32)
-        step[0, 0] = num_tokens
-        step[1:, :num_tokens] = tokens.token_ids, tokens.slots, tokens.positions, lengths
-        self._step[:, : shape.width] = torch.from_numpy(step).to(self._step.device)
-        self._attention.load(tokens)
-        if shape not in self._graphs:
-            self._graphs[shape] = self._device.capture(lambda: self._run(shape))
-        self._graphs[shape].replay()
+    def hidden(self, shape: StepShape) -> LinearInput:
+        """The normed rows of the step that runs in `shape`, as the head reads them; they stand until the next one runs."""
         return self.head_input.first(shape.width)
 
     def logits(self, rows: LinearInput, out: torch.Tensor, num_rows: torch.Tensor) -> None:
         """out [n, V] FP32 of normed rows [n]; `num_rows` [1] INT32: rows from there on are left alone."""
         self._linear(rows, self._weights.head, out, num_rows)
 
-    def _run(self, shape: StepShape) -> None:
-        """All layers for the first rows of everything, `shape.width` of them."""
+    def run(self, shape: StepShape) -> None:
+        """All layers for the first rows of everything, `shape.width` of them; before that, what has changed in the slots."""
         width = shape.width
+        scatter(
+            self._device,
+            updates=self._step["updates"],
+            memory=self._state.memory,
+            num_updates=self._step["num_updates"],
+        )
         embedding(
             self._device,
             table=self._weights.embedding,
-            token_ids=self._token_ids[:width],
-            last_ids=self._last_ids,
+            token_ids=self._step["token_ids"][:width],
+            last_ids=self._state.last_ids,
             out=self._residual[:width],
             num_tokens=self._num_tokens,
         )
@@ -155,9 +145,9 @@ class CudaTransformer:
             self._device,
             qkv=qkv,
             angles=self._angles,
-            positions=self._positions[:width],
-            sequences=self._slots[:width],
-            page_tables=self._page_tables,
+            positions=self._step["positions"][:width],
+            sequences=self._step["slots"][:width],
+            page_tables=self._state.page_tables,
             k_scale=k_scale,
             v_scale=v_scale,
             q=self._queries[:width],

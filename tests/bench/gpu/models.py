@@ -68,22 +68,19 @@ def _fill_matrix(matrix: Matrix, generator: torch.Generator) -> None:
         matrix.scales.uniform_(0.5, 1.5, generator=generator).mul_(size / 64.0)
 
 
-def random_runner(
-    config: ModelConfig, device: Device, *, num_pages: int, max_num_seqs: int, max_model_len: int, max_step_tokens: int
+def runner_of(
+    config: ModelConfig, weights: Weights, device: Device, *, kv_dtype: torch.dtype = torch.float8_e4m3fn, **limits: int
 ) -> CudaRunner:
-    """FP8 weights and pages, the head in BF16; all pages hold normal values."""
+    """FP8 weights, the head in BF16. `limits`: num_pages, max_num_seqs, max_model_len, max_step_tokens."""
+    return CudaRunner(config, weights, device, weight_format=FP8, kv_dtype=kv_dtype, **limits)
+
+
+def random_runner(
+    config: ModelConfig, device: Device, *, kv_dtype: torch.dtype = torch.float8_e4m3fn, **limits: int
+) -> CudaRunner:
+    """As `runner_of`; weights and all pages hold normal values."""
     with torch.inference_mode():
-        runner = CudaRunner(
-            config,
-            random_weights(config, device.torch_device),
-            device,
-            weight_format=FP8,
-            kv_dtype=torch.float8_e4m3fn,
-            num_pages=num_pages,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            max_step_tokens=max_step_tokens,
-        )
+        runner = runner_of(config, random_weights(config, device.torch_device), device, kv_dtype=kv_dtype, **limits)
         generator = torch.Generator(device=device.torch_device).manual_seed(1)
         for layer in range(config.num_layers):
             for kept in runner.kv.layer(layer):

@@ -44,6 +44,9 @@ class ObservedDevice:
     def mark(self) -> Mark:
         return self._device.mark()
 
+    def pinned(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return self._device.pinned(*shape, dtype=dtype)
+
     def capture(self, record: Callable[[], None]) -> Graph:
         before = self.launches, self.spans
         self.forget()

@@ -46,21 +46,35 @@ class Decoding:
         slots = range(first_slot, first_slot + cell.batch)
         self._pages = {slot: tuple(order[slot * size : (slot + 1) * size]) for slot in slots}
         assert all(len(pages) == size for pages in self._pages.values()), "too few pages for this cell"
+        self._given: dict[int, tuple[int, ...]] = {}
+        self._num_given = 0
         self._step = 0
 
     def launch(self) -> Callable[[], StepResult]:
         """Start a step and its draw; what is returned waits for it."""
+        step = self._runner.launch(self.next_plan())
+        step.draw({})
+        return step.result
+
+    def next_plan(self) -> StepPlan:
+        """The step behind the last one."""
         start = self._context - 1 + self._step
         begin = SlotStart(SamplingParams(), (1,), num_logprobs=self._num_logprobs) if self._step == 0 else None
         rows = tuple(
             # The first id is given, as if it had been forced: nothing was drawn in the slot yet.
-            PlanRow(slot, start, 1, (2 + slot,) if self._step == 0 else (), pages[: pages_for(start + 1)], True, begin)
-            for slot, pages in self._pages.items()
+            PlanRow(slot, start, 1, (2 + slot,) if self._step == 0 else (), pages, True, begin)
+            for slot, pages in self._pages_until(start).items()
         )
-        step = self._runner.launch(StepPlan(self._step, rows))
-        step.draw({})
         self._step += 1
-        return step.result
+        return StepPlan(self._step - 1, rows)
+
+    def _pages_until(self, position: int) -> dict[int, tuple[int, ...]]:
+        """By slot. The same tuples until a page is added, as the engine has them."""
+        num_pages = pages_for(position + 1)
+        if num_pages != self._num_given:
+            self._num_given = num_pages
+            self._given = {slot: pages[:num_pages] for slot, pages in self._pages.items()}
+        return self._given
 
 
 def check_alone(runner: CudaRunner, cell: Cell) -> None:

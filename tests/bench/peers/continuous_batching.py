@@ -10,6 +10,7 @@ of streams, then waits for SIGTERM.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -20,9 +21,8 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from client.load import LoadPlan
 from client.load_report import LoadReport
-from client.params import GenerationParams
+from tests.bench.peers.closed_loop import closed_loop
 
 PAGE_TOKENS = 64
 _MAX_BATCH_TOKENS = 512
@@ -48,38 +48,20 @@ async def ask(
             return list(result.generated_tokens)
 
 
-async def measure(manager: Any, job: dict[str, Any], num_streams: int) -> dict[str, Any]:
-    """The report of `num_streams` requests at a time for the job's seconds; what is left then is cancelled."""
-    plan = LoadPlan(
-        url=None, model="", num_streams=num_streams, num_requests=1, num_prompt_tokens=job["num_prompt_tokens"],
-        max_seconds=job["seconds"], first_id=1000, last_id=3999, seed=num_streams, params=GenerationParams(),
-    )  # fmt: skip
-    report = LoadReport(num_streams=num_streams, num_prompt_tokens=plan.num_prompt_tokens)
-    running: set[str] = set()
+async def measure(manager: Any, job: dict[str, Any], num_streams: int) -> LoadReport:
+    """`num_streams` requests at a time for the job's seconds; what is left then is cancelled."""
+    names, running = (f"{num_streams}-{number}" for number in itertools.count()), set[str]()
 
-    async def work(stream: int) -> None:
-        index = stream
-        while True:
-            request_id = f"{num_streams}-{index}"
-            running.add(request_id)
-            await ask(manager, request_id, list(plan.prompt(index)), job["max_tokens"], NO_END, report)
-            running.discard(request_id)
-            report.num_done += 1
-            index += num_streams
+    async def ask_next(prompt: list[int], report: LoadReport) -> None:
+        running.add(name := next(names))
+        await ask(manager, name, prompt, job["max_tokens"], NO_END, report)
+        running.discard(name)
 
-    report.start()
-    workers = [asyncio.create_task(work(stream)) for stream in range(num_streams)]
-    await asyncio.wait(workers, timeout=job["seconds"], return_when="FIRST_EXCEPTION")
-    report.end()
-    for worker in workers:
-        worker.cancel()
-    for outcome in await asyncio.gather(*workers, return_exceptions=True):
-        if not isinstance(outcome, asyncio.CancelledError):
-            raise RuntimeError(f"a stream ended: {outcome!r}")
-    for request_id in running:
-        manager.cancel_request(request_id)
+    report = await closed_loop(ask_next, num_streams, job["seconds"], job["num_prompt_tokens"])
+    for name in running:
+        manager.cancel_request(name)
     await asyncio.sleep(0.5)
-    return report.numbers()
+    return report
 
 
 async def serve(manager: Any, job: dict[str, Any]) -> None:
@@ -88,7 +70,7 @@ async def serve(manager: Any, job: dict[str, Any]) -> None:
     answers = [await ask(manager, f"a-{i}", ids, 160, job["end_id"], scratch) for i, ids in enumerate(job["prompts"])]
     print(json.dumps(answers), flush=True)
     for num_streams in job["streams"]:
-        print(json.dumps(await measure(manager, job, num_streams)), flush=True)
+        print((await measure(manager, job, num_streams)).as_json(), flush=True)
 
 
 def start_manager(

@@ -1,19 +1,18 @@
-"""Writes a Mistral model as a GGUF file for llama.cpp; executed by the Python of .venv-peers, which has `gguf`.
+"""Writes a Mistral model as a GGUF file for llama.cpp.
 
-    .venv-peers/bin/python tests/bench/peers/gguf_file.py FOLDER OUTPUT.gguf
-
-FOLDER is what export_weights.py wrote. Keys and tensor names: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
+Keys and tensor names: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf import GGUFWriter, TokenType
+from safetensors.torch import load_file
+from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
 _LAYER_NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -47,10 +46,10 @@ def interleaved(matrix: Any, head_dim: int) -> Any:
     return np.ascontiguousarray(halves.transpose(0, 2, 1, 3)).reshape(matrix.shape)
 
 
-def write_gguf(folder: Path, output: Path) -> None:
-    """Write config, vocabulary and weights (FP32) of `folder` into one file."""
-    config = json.loads((folder / "config.json").read_text())
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+def write_gguf(checkpoint: Path, output: Path) -> None:
+    """Write configuration, vocabulary and weights (FP32) of a Hugging Face checkpoint with one safetensors file into one file."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    tokenizer = convert_tekken_tokenizer(str(checkpoint / "tekken.json")).backend_tokenizer
     writer = GGUFWriter(str(output), "llama")
     writer.add_name("demo")
     writer.add_context_length(config["max_position_embeddings"])
@@ -65,10 +64,9 @@ def write_gguf(folder: Path, output: Path) -> None:
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    _add_vocabulary(writer, tokenizer, config)
-    weights = np.load(folder / "weights.npz")
-    for name in weights.files:
-        values = weights[name]
+    _add_vocabulary(writer, json.loads(tokenizer.to_str()), config)
+    for name, weight in load_file(checkpoint / "model.safetensors").items():
+        values = weight.float().numpy()
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             values = interleaved(values, config["head_dim"])
         writer.add_tensor(gguf_name(name), values)
@@ -97,7 +95,3 @@ def _add_vocabulary(writer: Any, tokenizer: dict[str, Any], config: dict[str, An
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_add_bos_token(False)
-
-
-if __name__ == "__main__":
-    write_gguf(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -12,9 +12,8 @@ import json
 import sys
 from urllib.parse import urlsplit
 
-from client.load import LoadPlan
 from client.load_report import LoadReport
-from client.params import GenerationParams
+from tests.bench.peers.closed_loop import closed_loop
 
 
 async def request(host: str, port: int, body: dict[str, object], report: LoadReport) -> None:
@@ -43,30 +42,13 @@ async def request(host: str, port: int, body: dict[str, object], report: LoadRep
 
 async def main(url: str, num_streams: int, seconds: float, num_prompt_tokens: int, max_tokens: int) -> int:
     """Run the loop and print the report."""
-    plan = LoadPlan(
-        url=url, model="", num_streams=num_streams, num_requests=1, num_prompt_tokens=num_prompt_tokens,
-        max_seconds=seconds, first_id=1000, last_id=3999, seed=num_streams, params=GenerationParams(),
-    )  # fmt: skip
     address = urlsplit(url)
-    report = LoadReport(num_streams=num_streams, num_prompt_tokens=num_prompt_tokens)
 
-    async def work(stream: int) -> None:
-        index = stream
-        while True:
-            body = {"prompt": plan.prompt(index), "n_predict": max_tokens, "temperature": 0, "ignore_eos": True}
-            await request(str(address.hostname), int(address.port or 80), body | {"stream": True}, report)
-            report.num_done += 1
-            index += num_streams
+    async def ask(prompt: list[int], report: LoadReport) -> None:
+        body = {"prompt": prompt, "n_predict": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+        await request(str(address.hostname), int(address.port or 80), body, report)
 
-    report.start()
-    workers = [asyncio.create_task(work(stream)) for stream in range(num_streams)]
-    await asyncio.wait(workers, timeout=seconds, return_when="FIRST_EXCEPTION")
-    report.end()
-    for worker in workers:
-        worker.cancel()
-    for outcome in await asyncio.gather(*workers, return_exceptions=True):
-        if not isinstance(outcome, asyncio.CancelledError):
-            report.add_failure(repr(outcome))
+    report = await closed_loop(ask, num_streams, seconds, num_prompt_tokens)
     print(report.as_json())
     return 0
 

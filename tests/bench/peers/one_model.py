@@ -20,6 +20,7 @@ from backend.engine.events import EngineStats, RequestFailed, TokenEvent
 from backend.engine.outbox import Outbox
 from backend.engine.process import build_engine
 from backend.engine.request import GenerationRequest
+from backend.phases import Phases
 from backend.settings import Settings
 from backend.text.detokenizer import cut_text
 
@@ -31,12 +32,12 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the model named by NEMO_CHECKPOINT and start the threads."""
-        settings = Settings.load({})
+        settings = Settings.load({"max_unsent_tokens": "0"})  # nobody tells this engine what was sent
         self._token_bytes = read_vocabulary(Path(settings.checkpoint)).token_bytes
         self._handles = itertools.count(1)
         self._senders: dict[int, Any] = {}
         self._events: queue.SimpleQueue[TokenEvent | RequestFailed | None] = queue.SimpleQueue()
-        self._engine = build_engine(settings, cast(Outbox, self))
+        self._engine, _ = build_engine(settings, cast(Outbox, self), Phases())
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._engine.run, self._send)]
         for thread in self._threads:
             thread.start()

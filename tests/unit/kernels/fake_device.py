@@ -24,6 +24,9 @@ class FakeDevice:
     def mark(self) -> Mark:
         return PassedMark()
 
+    def pinned(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
     def capture(self, record: Callable[[], None]) -> Graph:
         before, self.launches = self.launches, []
         record()

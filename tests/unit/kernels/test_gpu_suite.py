@@ -32,12 +32,13 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
 @pytest.mark.timeout(600)
 @needs_emulator
 def test_its_tests_run_on_the_emulator(tmp_path: Path) -> None:
-    chosen = "read_bandwidth or (launches and (overlap or graph)) or vector_access"
+    chosen = "read_bandwidth or (launches and (overlap or graph)) or vector_access or (long_context and bf16)"
     finished = run_suite("--emulated", "--logs", str(tmp_path), "--", "-k", chosen)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     lines = {line.split()[0]: line.split()[1:4] for line in finished.stdout.splitlines() if line}
     assert lines["launches_on_gpu"] == ["2", "0", "0"]
     assert lines["read_bandwidth"] == ["3", "0", "0"]
+    assert lines["long_context_on_gpu"] == ["3", "0", "0"]
     assert finished.stdout.splitlines()[-1].endswith(f"full logs in {tmp_path}")
     # A case that was skipped is no run of the operation.
     assert json.loads((tmp_path / "hardware_runs.json").read_text()) == {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -11,8 +11,9 @@ import torch
 
 from backend.engine.plan import PAGE_TOKENS, PageCopy, PlanRow, SlotStart, StepPlan, TokenLogProbs
 from backend.engine.request import SamplingParams
-from backend.runner.cuda.drawing import Drawn
+from backend.runner.cuda.drawing import Drawn, StepDraw
 from backend.runner.cuda.runner import CudaRunner
+from backend.runner.cuda.staging import StepMemory
 from backend.runner.model_runner import Mask
 from backend.runner.sampler import Draw, Sampler
 from backend.runner.torch_runner import TorchRunner
@@ -114,13 +115,13 @@ class Driver(Generic[Runner]):
         assert isinstance(runner._sampler, Sampler)
 
     def _tap_drawer(self, runner: CudaRunner) -> None:
-        draw = runner._drawer.draw
+        collect = runner._drawer.collect
 
-        def keep(rows: Sequence[PlanRow], masks: Mapping[int, Mask]) -> Drawn:
-            self._kept = list(runner._drawer._logits[: len(rows)].clone())
-            return draw(rows, masks)
+        def keep(draw: StepDraw, memory: StepMemory) -> Drawn:
+            self._kept = list(runner._drawer._logits[: len(draw.slots)].clone())
+            return collect(draw, memory)
 
-        runner._drawer.draw = keep  # type: ignore[method-assign, assignment]
+        runner._drawer.collect = keep  # type: ignore[method-assign]
 
     def run(
         self,

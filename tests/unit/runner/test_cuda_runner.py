@@ -13,9 +13,10 @@ import torch
 
 from backend.checkpoint import weight_loader
 from backend.engine.plan import PAGE_TOKENS, PageCopy, PlanRow, SlotStart, StepPlan, TokenLogProbs
-from backend.engine.request import SamplingParams
+from backend.engine.request import MAX_BAD_WORD_TOKENS, SamplingParams
 from backend.errors import ConfigError, EngineFailure
 from backend.runner.cuda.runner import CudaRunner
+from backend.runner.cuda.staging import MAX_UPDATES
 from backend.runner.cuda.step_tokens import lay_out
 from backend.runner.model_runner import ModelRunner
 from kernels.prefill_attention import Chunk
@@ -177,6 +178,29 @@ def test_ids_that_a_grammar_forces_are_those_that_are_drawn(runner: CudaRunner) 
     assert step.result().token_ids == (3 * 32 + 5,)
 
 
+def test_a_start_of_more_words_than_a_step_copies(runner: CudaRunner) -> None:
+    """A bad word among those that go before the step's own copy, or among those that go with it."""
+    plain = Story(prompt(8, 5), 0, (0,), num_outputs=1)
+    run(runner, plain)
+    others = tuple((number, 1) for number in range(200))
+    assert MAX_BAD_WORD_TOKENS * len(others) > MAX_UPDATES
+    for words in ((tuple(plain.ids), *others), (*others, tuple(plain.ids))):
+        changed = Story(prompt(8, 5), 1, (1,), num_outputs=1, params=SamplingParams(bad_words=words))
+        run(runner, changed)
+        assert changed.ids != plain.ids
+        assert changed.scores == plain.scores
+
+
+def test_a_guided_row_without_a_mask_may_draw_any_id(runner: CudaRunner) -> None:
+    expected = Story(prompt(9, 6), 0, (0,), num_outputs=2)
+    run(runner, expected)
+    guided = Story(prompt(9, 6), 1, (1,), num_outputs=1)
+    run(runner, guided)
+    step = runner.launch(StepPlan(0, (PlanRow(1, 6, 1, (), (1,), True, is_guided=True),)))
+    step.draw({})
+    assert step.result().token_ids == (expected.ids[1],)
+
+
 def test_what_the_kernels_do_not_serve_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="runner cuda: head_dim must be 128, found 64"):
         make_runner(make_checkpoint(tmp_path / "head", **SIZES | {"head_dim": 64}))
@@ -214,5 +238,7 @@ def test_tokens_of_a_plan() -> None:
     assert tokens.positions.tolist() == [40, 8, 9, *range(100, 130), 0]
     assert tokens.num_generated == 3
     assert tokens.chunks == (Chunk(1, 100, 30), Chunk(2, 0, 1))
-    assert tokens.sampled == (0, 2, 32)
+    assert tokens.sampled.tolist() == [0, 2, 32]
+    assert tokens.sampled_slots.tolist() == [3, 0, 1]
+    assert not tokens.are_all_sampled
     assert tokens.scored == (range(3, 32), range(33, 34))

@@ -1,13 +1,14 @@
-"""As much of Triton's `triton_python_backend_utils` as the adapter needs to decode and answer requests in this process."""
+"""As much of Triton's `triton_python_backend_utils` as the adapter needs to decode, answer and count requests in this process."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import numpy as np
@@ -56,6 +57,37 @@ class InferenceResponse:
         self.error = error
 
 
+class Metric:
+    """Counts as Triton's does, and refuses what it refuses."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.value = kind, 0.0
+
+    def increment(self, amount: float) -> None:
+        assert self.kind == "COUNTER"
+        assert amount > 0, "a counter only grows"
+        self.value += amount
+
+    def set(self, value: float) -> None:
+        assert self.kind == "GAUGE"
+        self.value = value
+
+
+class MetricFamily:
+    """Remembers every metric by name and labels, for as long as the stub is there."""
+
+    COUNTER, GAUGE, HISTOGRAM = "COUNTER", "GAUGE", "HISTOGRAM"
+    made: ClassVar[defaultdict[str, dict[str, Metric]]] = defaultdict(dict)
+
+    def __init__(self, name: str, description: str, kind: str) -> None:
+        self._name, self._kind = name, kind
+
+    def Metric(self, labels: dict[str, str], **_: Any) -> Metric:
+        metric = Metric(self._kind)
+        self.made[self._name][",".join(f"{key}={value}" for key, value in labels.items())] = metric
+        return metric
+
+
 class Request:
     """A request that keeps what it was answered."""
 
@@ -91,7 +123,10 @@ class Request:
 def triton_stub() -> Iterator[None]:
     """Let the adapter be imported."""
     fake = ModuleType("triton_python_backend_utils")
-    vars(fake).update(Tensor=Tensor, TritonError=TritonError, InferenceResponse=InferenceResponse)
+    vars(fake).update(
+        Tensor=Tensor, TritonError=TritonError, InferenceResponse=InferenceResponse, MetricFamily=MetricFamily
+    )
+    MetricFamily.made.clear()
     vars(fake)["TRITONSERVER_RESPONSE_COMPLETE_FINAL"] = 1
     for code in _CODES:
         setattr(TritonError, code, code)
