@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from backend.checkpoint.matrix import WeightFormat
-from backend.checkpoint.model_config import read_model_config
+from backend.checkpoint.model_config import ModelConfig, read_model_config
 from backend.checkpoint.vocabulary import read_vocabulary
 from backend.checkpoint.weight_loader import load_weights
 from tests.bench.conditions import RESULTS
@@ -37,6 +37,7 @@ from tests.bench.serving.scenarios import SCENARIOS, Scenario
 from tests.bench.serving.static_batch import StaticModel
 from tests.bench.serving.triton_way import prepare_wheel
 from tests.bench.serving.way import ServingError
+from tests.bench.serving_tables import capacity_table
 from tests.emulator.marks import needs_emulator
 
 STATIC = "PyTorch, static batch"
@@ -194,6 +195,40 @@ def test_vllm_gets_the_load_that_we_get(fake_vllm: dict[str, Any], tmp_path: Pat
     assert cells[-1]["capacity"]["requests_ended"] > 1
     assert cells[-1]["poisson"][0]["load"] == 0.5
     assert not way._engine.requests, "everything is taken back at the end"
+
+
+def test_what_runs_on_a_gpu_runs_with_stand_ins(
+    fake_vllm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The device, its read bandwidth and our engine are stand-ins; vLLM's, which is one too, gives the tokens."""
+    way: Any = vllm_module.vllm_way(tmp_path / "vllm" / "checkpoint", SMALL, torch.device("cuda"))
+    way.num_prefix_hit_tokens = 0
+    devices: list[torch.device] = []
+
+    def write(folder: Path, config: ModelConfig, device: torch.device) -> Path:
+        devices.append(device)
+        return folder
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a stand-in")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(command, "CudaDevice", object)
+    monkeypatch.setattr(command, "read_ceiling", lambda _: 4.3e6)
+    monkeypatch.setattr(command, "write_checkpoint", write)
+    monkeypatch.setattr(command, "FULL", replace(SMALL, name="full", window_s=0.2, settle_s=0.05))
+    monkeypatch.setattr(bench_module, "engine_in_its_process", lambda _: way)
+    file = tmp_path / "gpu.json"
+    assert run("engine", "--json", str(file), "--ways", OURS) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "bench-serving: a stand-in"
+    assert lines[-1] == f"bench-serving: results in {file}"
+    assert devices == [torch.device("cuda")]
+    results = json.loads(file.read_text())
+    assert (results["scale"], results["gpu"], results["read_ceiling_tb_per_s"]) == ("full", "a stand-in", 4.3)
+    assert [cell["scenario"] for cell in results["cells"]] == [scenario.name for scenario in SCENARIOS]
+    assert all(cell["capacity"]["share"] > 0 for cell in results["cells"])
+    assert all(numbers["inter_token_share"] > 0 for cell in results["cells"] for numbers in cell["poisson"][:1])
+    assert capacity_table(results).count("%") == 8
 
 
 def test_vllm_is_compared_on_gpus_alone(tmp_path: Path) -> None:
