@@ -100,6 +100,14 @@ def test_when_the_time_is_over_nothing_new_begins(tmp_path: Path, monkeypatch: p
     assert results["missing"] == {STATIC: NO_TIME}
 
 
+def test_without_an_emulator_it_is_missing_and_nothing_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_module, "why_not_emulated", lambda: "no g++")
+    bench = make_bench()
+    bench.engine(tmp_path, tmp_path, (ON_EMULATOR,))
+    assert bench.results["missing"] == {ON_EMULATOR: "no g++"}
+    assert not bench.has_failed
+
+
 def test_a_way_that_fails_is_in_the_results_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
