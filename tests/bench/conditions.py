@@ -18,7 +18,7 @@ RESULTS = Path(__file__).with_name("results")
 def conditions(module: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Of a measurement that begins now with `python -m module arguments`, by `chrt` when nothing else may interrupt it."""
     is_first = os.sched_getscheduler(0) == os.SCHED_FIFO
-    git = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
+    by = [f"chrt --fifo {os.sched_getparam(0).sched_priority}"] if is_first else []
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
     return {
@@ -26,16 +26,18 @@ def conditions(module: str, arguments: Sequence[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
         "load_average_before": round(os.getloadavg()[0], 2),
-        "commit": subprocess.run(git, capture_output=True, text=True, timeout=10, check=False).stdout.strip(),
-        "command": " ".join(
-            [
-                *([f"chrt --fifo {os.sched_getparam(0).sched_priority}"] if is_first else []),
-                "python -m",
-                module,
-                *arguments,
-            ]
-        ),
+        "commit": _commit(),
+        "command": " ".join([*by, "python -m", module, *arguments]),
     }
+
+
+def _commit() -> str:
+    """ "unknown" where there is no git, or no repository, as on a machine that got the files alone."""
+    git = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def write_results(name: str, content: dict[str, Any]) -> None:

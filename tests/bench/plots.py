@@ -59,14 +59,14 @@ def draw_serving(results: Path, suffix: str, target: str) -> None:
         points = sorted((100 * numbers["load"], numbers["inter_token_p50_ms"]) for numbers in measured)
         if points:
             panels[1].plot(*zip(*points, strict=True), marker="o", label=f"{cell['way']}, {cell['scenario']}")
-    panels[1].set(title="time for a token, median, ms", xlabel="arrivals, % of capacity")
+    panels[1].set(yscale="log", title="time for a token, median, ms", xlabel="arrivals, % of capacity")
     _finish(figure, panels, results / target, sources)
 
 
 def _finish(figure: Any, panels: Any, target: Path, sources: list[dict[str, Any]]) -> None:
     for axes in panels:
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+        axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     about = dict.fromkeys(
         f"{s['machine']}, load {s['load_average_before']}; {s['date']}, {s['commit']}" for s in sources
     )

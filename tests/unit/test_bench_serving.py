@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from backend.checkpoint.matrix import WeightFormat
-from backend.checkpoint.model_config import read_model_config
+from backend.checkpoint.model_config import ModelConfig, read_model_config
 from backend.checkpoint.vocabulary import read_vocabulary
 from backend.checkpoint.weight_loader import load_weights
 from tests.bench.conditions import RESULTS
@@ -26,7 +26,7 @@ from tests.bench.gpu.models import FP8, NEMO, TOY
 from tests.bench.serving import __main__ as command
 from tests.bench.serving import bench as bench_module
 from tests.bench.serving import vllm_way as vllm_module
-from tests.bench.serving.bench import ENSEMBLE, OURS, Bench
+from tests.bench.serving.bench import ENSEMBLE, ON_EMULATOR, OURS, Bench
 from tests.bench.serving.checkpoint import write_checkpoint, write_made_up_tekken
 from tests.bench.serving.load import NO_TIME, measure
 from tests.bench.serving.peer_process import measure_peer
@@ -37,6 +37,8 @@ from tests.bench.serving.scenarios import SCENARIOS, Scenario
 from tests.bench.serving.static_batch import StaticModel
 from tests.bench.serving.triton_way import prepare_wheel
 from tests.bench.serving.way import ServingError
+from tests.bench.serving_tables import capacity_table
+from tests.emulator.marks import needs_emulator
 
 STATIC = "PyTorch, static batch"
 CPU = torch.device("cpu")
@@ -69,6 +71,15 @@ def test_the_engine_at_toy_scale(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert results["missing"] == {}
 
 
+@needs_emulator
+def test_the_cuda_runner_on_the_emulator(tmp_path: Path) -> None:
+    file = tmp_path / "toy.json"
+    assert run("engine", "--toy", "--json", str(file), "--ways", ON_EMULATOR) == 0
+    (cell,) = json.loads(file.read_text())["cells"]
+    assert (cell["prompt_tokens"], cell["output_tokens"], cell["concurrent"]) == (5, 5, 2)
+    assert cell["capacity"]["output_tokens"] >= 2
+
+
 def test_toy_scale_writes_nothing_where_a_gpu_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("engine", "--toy", "--json", str(RESULTS / "serving_engine.json")) == 2
     assert "this is toy scale" in capsys.readouterr().err
@@ -87,6 +98,14 @@ def test_when_the_time_is_over_nothing_new_begins(tmp_path: Path, monkeypatch: p
     results = json.loads((tmp_path / "results.json").read_text())
     assert [cell["skipped"] for cell in results["cells"]] == [NO_TIME] * 2
     assert results["missing"] == {STATIC: NO_TIME}
+
+
+def test_without_an_emulator_it_is_missing_and_nothing_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_module, "why_not_emulated", lambda: "no g++")
+    bench = make_bench()
+    bench.engine(tmp_path, tmp_path, (ON_EMULATOR,))
+    assert bench.results["missing"] == {ON_EMULATOR: "no g++"}
+    assert not bench.has_failed
 
 
 def test_a_way_that_fails_is_in_the_results_and_the_others_go_on(
@@ -184,6 +203,40 @@ def test_vllm_gets_the_load_that_we_get(fake_vllm: dict[str, Any], tmp_path: Pat
     assert cells[-1]["capacity"]["requests_ended"] > 1
     assert cells[-1]["poisson"][0]["load"] == 0.5
     assert not way._engine.requests, "everything is taken back at the end"
+
+
+def test_what_runs_on_a_gpu_runs_with_stand_ins(
+    fake_vllm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The device, its read bandwidth and our engine are stand-ins; vLLM's, which is one too, gives the tokens."""
+    way: Any = vllm_module.vllm_way(tmp_path / "vllm" / "checkpoint", SMALL, torch.device("cuda"))
+    way.num_prefix_hit_tokens = 0
+    devices: list[torch.device] = []
+
+    def write(folder: Path, config: ModelConfig, device: torch.device) -> Path:
+        devices.append(device)
+        return folder
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a stand-in")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(command, "CudaDevice", object)
+    monkeypatch.setattr(command, "read_ceiling", lambda _: 4.3e6)
+    monkeypatch.setattr(command, "write_checkpoint", write)
+    monkeypatch.setattr(command, "FULL", replace(SMALL, name="full", window_s=0.2, settle_s=0.05))
+    monkeypatch.setattr(bench_module, "engine_in_its_process", lambda _: way)
+    file = tmp_path / "gpu.json"
+    assert run("engine", "--json", str(file), "--ways", OURS) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "bench-serving: a stand-in"
+    assert lines[-1] == f"bench-serving: results in {file}"
+    assert devices == [torch.device("cuda")]
+    results = json.loads(file.read_text())
+    assert (results["scale"], results["gpu"], results["read_ceiling_tb_per_s"]) == ("full", "a stand-in", 4.3)
+    assert [cell["scenario"] for cell in results["cells"]] == [scenario.name for scenario in SCENARIOS]
+    assert all(cell["capacity"]["share"] > 0 for cell in results["cells"])
+    assert all(numbers["inter_token_share"] > 0 for cell in results["cells"] for numbers in cell["poisson"][:1])
+    assert capacity_table(results).count("%") == 8
 
 
 def test_vllm_is_compared_on_gpus_alone(tmp_path: Path) -> None:

@@ -106,6 +106,15 @@ def test_when_prompts_are_the_bottleneck_they_queue() -> None:
     assert numbers["first_token_p50_ms"] == pytest.approx(90, abs=11)
 
 
+@pytest.mark.parametrize("num_output", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("level", [2, 4, 9])
+def test_short_answers_come_to_a_steady_state(num_output: int, level: int) -> None:
+    """Requests of the ramp-up end while others are begun."""
+    numbers = make_load(SteppingWay(prompts_a_step=2), Scenario("", 10, num_output, level)).capacity(1.0)
+    assert numbers["in_flight"] == pytest.approx(level, rel=0.001)
+    assert numbers["tokens_per_s"] == pytest.approx(100 * min(level, 2 * num_output), rel=0.05)
+
+
 def test_arrivals_by_themselves_follow_at_the_share_that_is_asked_for() -> None:
     way = SteppingWay()
     load = make_load(way)
@@ -178,8 +187,11 @@ def test_ramp_up_and_ramp_down_are_cut_off() -> None:
     assert plateau(records, 2) == Window(4, 13)
     assert plateau(records[:1], 2) is None
     assert plateau([records[0], RequestRecord(1, 5)], 2) is None
-    # The request that is due in the moment of an end takes its place; one that is due later does not.
-    assert plateau([records[0], records[1], record(9.5, 10, 20)], 2) == Window(4, 9)
+    # The request that is due in the moment of an end takes its place; one that is due later does not, and begins another.
+    assert plateau([records[0], records[1], record(14, 15, 20)], 2) == Window(4, 9)
+    assert plateau([records[0], records[1], record(9.5, 10, 20)], 2) == Window(10, 13)
+    # One that ends before another has its first token leaves no steady state.
+    assert plateau([record(0, 2, 3), record(1, 4, 13)], 2) is None
 
 
 def test_the_numbers_of_a_window_by_hand() -> None:

@@ -14,12 +14,12 @@ from backend.errors import NemoError
 from kernels.errors import KernelError
 from tests.bench.serving.engine_way import EngineWay, emulated_engine, engine_in_its_process, settings_for
 from tests.bench.serving.load import NO_TIME, measure
-from tests.bench.serving.machine import emulated_device
 from tests.bench.serving.peers import PEERS, run_peer
 from tests.bench.serving.roofline import Roofline
 from tests.bench.serving.scale import EMULATED, Scale
 from tests.bench.serving.triton_way import TritonWay, running_server
 from tests.bench.serving.way import ServingError
+from tests.gpu.emulation import emulator, why_not_emulated
 
 OURS, ON_EMULATOR = "engine alone", "engine alone, CUDA runner emulated"
 ENSEMBLE, MODEL = "ensemble over gRPC", "mistral_nemo over gRPC"
@@ -49,8 +49,14 @@ class Bench:
             OURS: (lambda: engine_in_its_process(settings_for(checkpoint, self._scale.settings)), self._scale)
         }
         if self._scale.name == "toy":
-            starts[ON_EMULATOR] = (lambda: emulated_engine(emulated_device(), EMULATED.settings), EMULATED)
+            starts[ON_EMULATOR] = (
+                lambda: emulated_engine(EMULATED.config, emulator(), EMULATED.settings),
+                EMULATED,
+            )
         for name in (name for name in starts if name in ways):
+            if name == ON_EMULATOR and (reason := why_not_emulated()) is not None:
+                self._miss(name, reason)
+                continue
             with self._on_its_own(name):
                 start, scale = starts[name]
                 started_s = time.monotonic()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from backend.checkpoint.model_config import ModelConfig
 from backend.engine import messages
 from backend.engine.engine import Engine
 from backend.engine.engine_process import EngineProcess
@@ -17,7 +18,7 @@ from backend.engine.request import GenerationRequest, SamplingParams
 from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
 from backend.settings import Settings
 from kernels.launch import Device
-from tests.bench.gpu.models import TOY, pages_for, random_runner
+from tests.bench.gpu.models import pages_for, random_runner
 from tests.bench.serving.way import Progress, ProgressQueue, ServingError
 
 _IDLE_TIMEOUT_S = 60.0
@@ -106,8 +107,8 @@ def engine_in_its_process(settings: Settings) -> EngineWay:
     return EngineWay(start)
 
 
-def emulated_engine(device: Device, settings: dict[str, str]) -> EngineWay:
-    """The CUDA runner with a random model of two layers on `device`, the emulator, in a thread of this process.
+def emulated_engine(config: ModelConfig, device: Device, settings: dict[str, str]) -> EngineWay:
+    """The CUDA runner with a random model on `device`, the emulator, in a thread of this process.
 
     Of the settings: max_num_seqs, max_model_len, max_step_tokens.
     """
@@ -118,7 +119,7 @@ def emulated_engine(device: Device, settings: dict[str, str]) -> EngineWay:
         )
         sizes: dict[str, Any] = {"num_pages": max_num_seqs * pages_for(max_model_len), "max_num_seqs": max_num_seqs}
         sizes["max_step_tokens"] = max_step_tokens
-        runner = random_runner(TOY, device, **sizes, max_model_len=max_model_len)
+        runner = random_runner(config, device, **sizes, max_model_len=max_model_len)
         limits = SchedulerLimits(**sizes, max_queued_requests=max_num_seqs, caches_outputs=runner.caches_outputs)
 
         def emit(events: list[Event], stats: EngineStats) -> None:
@@ -126,7 +127,7 @@ def emulated_engine(device: Device, settings: dict[str, str]) -> EngineWay:
             failed = tuple(event for event in events if not isinstance(event, TokenEvent))
             on_step(messages.Step(tokens, failed, stats))
 
-        token_bytes = tuple(bytes([number % 256]) for number in range(TOY.vocab_size))
+        token_bytes = tuple(bytes([number % 256]) for number in range(config.vocab_size))
         engine = Engine(Scheduler(limits, token_bytes, eos_id=2), runner, emit)
 
         def run() -> None:

@@ -120,10 +120,11 @@ class Load:
         while (num_missing := level - len(self._running)) > 0:
             spacing = num_output / level - self._gained_per_start()
             num_silent = sum(not record.times_s for record in self._running.values())
-            if spacing <= 0:
+            if spacing <= 0 or num_output == 1:
                 for _ in range(num_missing):
                     self._submit(self._now_s(), self._scenario)
-            elif num_silent < _STARTS_AT_A_TIME and any(record.times_s for record in self.records):
+                return
+            if num_silent < _STARTS_AT_A_TIME and any(record.times_s for record in self.records):
                 age = min(round(num_missing * spacing), num_output - 1)
                 self._submit(self._now_s(), self._scenario.aged(age))
             self._turn(_TURN_S)

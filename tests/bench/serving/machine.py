@@ -1,4 +1,4 @@
-"""What the benchmark needs of the machine: a GPU with our kernels built and its read bandwidth, or the emulator."""
+"""What the benchmark needs of a GPU: our kernels built, and its read bandwidth."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from kernels.build import build
 from kernels.clock import GpuClock
 from kernels.cubin_cache import CubinCache
 from kernels.driver import CudaDevice
-from kernels.launch import Device
 from kernels.ops import OPS
-from tests.bench.serving.way import ServingError
-from tests.emulator.device import PLAIN, EmulatedDevice
-from tests.emulator.toolchain import EmulatorUnavailable, why_unavailable
 
 
 def read_ceiling(device: CudaDevice) -> float:
@@ -20,13 +16,3 @@ def read_ceiling(device: CudaDevice) -> float:
     build([program for op in OPS for program in op.programs], CubinCache())
     case = next(case for case in read_bandwidth.CASES if case.is_timed)
     return time_case(read_bandwidth.OP, case, device, GpuClock(device), bytes_per_us=None).tb_per_s * 1e6
-
-
-def emulated_device() -> Device:
-    """The emulator at its fastest; ServingError says what this machine lacks for it."""
-    if (reason := why_unavailable()) is not None:
-        raise ServingError(f"no emulator here: {reason}")
-    try:
-        return EmulatedDevice(PLAIN[0])
-    except EmulatorUnavailable as error:
-        raise ServingError(f"no emulator here: {error}") from error

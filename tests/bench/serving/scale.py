@@ -53,7 +53,7 @@ SMALL = Scale(
 # On the emulator a step takes a good part of a second, and the first one waits until its kernels are compiled.
 EMULATED = Scale(
     "toy",
-    TOY,
+    SMALL.config,
     (SCENARIOS[0].smaller(200, 2),),
     {"max_num_seqs": "2", "max_model_len": "128", "max_step_tokens": "16"},
     window_s=2.0,

@@ -48,21 +48,21 @@ def plateau(records: Sequence[RequestRecord], level: int) -> Window | None:
     """The steady state of `level` requests at a time: ramp-up and ramp-down cut off. None while it has not begun.
 
     It begins when `level` requests are in flight and each of those has had a token, so that no prompt of the ramp-up is left; it
-    ends when fewer are in flight. A request that is due in the moment in which another ends takes its place.
+    ends when fewer are in flight. A request that is due in the moment in which another ends takes its place. Of several such
+    times it is the last: a ramp-up may touch the level before.
     """
     changes = [(record.due_s, 0, 1) for record in records]
     changes += [(record.ended_s, 1, -1) for record in records if record.ended_s < math.inf]
-    num_in_flight, begin_s = 0, None
+    num_in_flight, steady = 0, None
     for at_s, _, change in sorted(changes):
         num_in_flight += change
-        if begin_s is None and num_in_flight == level:
+        if change > 0 and num_in_flight == level:
             first = [record for record in records if record.due_s <= at_s < record.ended_s]
-            if not all(record.times_s for record in first):
-                return None
-            begin_s = max(record.times_s[0] for record in first)
-        elif begin_s is not None and at_s >= begin_s and num_in_flight < level:
-            return Window(begin_s, at_s)
-    return None if begin_s is None else Window(begin_s, math.inf)
+            has_begun = all(record.times_s for record in first)
+            steady = Window(max(record.times_s[0] for record in first), math.inf) if has_begun else None
+        elif steady is not None and num_in_flight < level and steady.end_s == math.inf:
+            steady = Window(steady.begin_s, at_s) if at_s > steady.begin_s else None
+    return steady
 
 
 def summarise(records: Sequence[RequestRecord], window: Window, now_s: float) -> dict[str, Any]:
