@@ -36,7 +36,7 @@ JUMPS = [
     pytest.param(YEARS_S, id="ten years ahead", marks=only_in_make_faults),
     pytest.param(0, id="ten years back", marks=only_in_make_faults),
 ]
-MAX_TOKENS = 300
+MAX_TOKENS = 600
 DEADLINE_MS = 700
 LONG: dict[str, Any] = {"prompt_token_ids": [1, 1500], "max_tokens": 4000, "ignore_eos": True}
 CHAT: dict[str, Any] = {"model": "mistral-nemo", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
