@@ -17,7 +17,7 @@ import pytest
 from backend.serve import main
 from tests.checkpoints import make_checkpoint, write_tekken
 from tests.triton.conftest import StartServer
-from tests.triton.live_server import PROJECT, LiveServer, free_ports, serve_command, server_environment
+from tests.triton.live_server import PROJECT, LiveServer, free_ports, serve_command, server_environment, wait_until
 
 LINE = re.compile(r"^\d\d:\d\d:\d\d E nemo\.serve: (.*)$")
 
@@ -144,6 +144,7 @@ def test_both_layouts_serve(tmp_path: Path) -> None:
     server = LiveServer(make_checkpoint(tmp_path / "mistral", layout="consolidated", **sizes), tmp_path / "server")
     try:
         server.start().wait_until_ready()
+        wait_until(lambda: "nemo.serve: ready in" in server.log(), 30.0, server.log)
         server.stop()
         said = dict(re.findall(r" I (nemo\.\w+): ready in \d+\.\d s: (.*)", server.log()))
         phases = {name: re.findall(r"([a-z-]+) \d+\.\d(?:, |$)", parts) for name, parts in said.items()}
