@@ -181,6 +181,9 @@ class TorchRunner:
 
     def close(self) -> None:
         """Free weights, pages and sampler state; the runner cannot be used afterwards."""
+        if self._placement.device.type == "cuda":
+            torch.cuda.synchronize(self._placement.device)
+        self._host_pages.close()
         del self._transformer, self._sampler, self._host_pages, self._last_step
         if self._placement.device.type == "cuda":
             torch.cuda.empty_cache()

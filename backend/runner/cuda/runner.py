@@ -253,6 +253,8 @@ class CudaRunner:
 
     def close(self) -> None:
         """Free weights, pages and sampler state; the runner cannot be used afterwards."""
+        self._device.synchronize()
+        self._host_pages.close()
         del (
             self._graphs,
             self._transformer,
