@@ -20,10 +20,11 @@ pytest.importorskip("llguidance")
 
 from backend.engine.plan import PlanRow, SlotStart, StepPlan, StepResult
 from backend.engine.request import SamplingParams
+from backend.plan import NEMO_12B as NEMO
 from backend.runner.cuda.runner import CudaRunner
 from kernels.decode_attention import OP as DECODE
 from kernels.prefill_attention import OP as PREFILL
-from tests.bench.gpu.models import NEMO, TOY, pages_for, random_runner
+from tests.bench.gpu.models import TOY, pages_for, random_runner
 from tests.kernels.far_probes import Probes, check_decode, check_prefill, launched
 
 pytestmark = pytest.mark.gpu

@@ -14,11 +14,12 @@ pytest.importorskip("msgspec")
 pytest.importorskip("llguidance")
 
 from backend.checkpoint.weights import weight_bytes
+from backend.plan import NEMO_12B as NEMO
 from backend.runner.cuda.runner import cuda_workspace_bytes
 from backend.runner.cuda.warm_up import step_sizes
 from backend.runner.memory_plan import page_bytes
 from backend.runner.warm_up import Limits, StepSize, run_steps
-from tests.bench.gpu.models import FP8, NEMO, random_runner
+from tests.bench.gpu.models import FP8, random_runner
 
 pytestmark = pytest.mark.gpu
 NUM_SEQS, STEP_TOKENS, MODEL_LEN, NUM_PAGES = 256, 2048, 4096, 1024

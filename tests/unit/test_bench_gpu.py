@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
+from backend.plan import NEMO_12B as NEMO
 from kernels.clock import GpuClock
 from kernels.launch import Launch
 from kernels.ops import select_ops
@@ -23,7 +24,7 @@ from tests.bench import bench_runner_host
 from tests.bench.conditions import RESULTS
 from tests.bench.gpu import __main__ as command
 from tests.bench.gpu.floor import decode_bytes
-from tests.bench.gpu.models import FP8, NEMO
+from tests.bench.gpu.models import FP8
 from tests.bench.gpu.peers import decode_attention_peers, linear_peers, usable_peers
 from tests.bench.gpu.prefill_peers import prefill_attention_peers
 from tests.bench.gpu.timeline import Span, named_by_launches

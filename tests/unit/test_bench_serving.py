@@ -20,9 +20,10 @@ from backend.checkpoint.matrix import WeightFormat
 from backend.checkpoint.model_config import ModelConfig, read_model_config
 from backend.checkpoint.vocabulary import read_vocabulary
 from backend.checkpoint.weight_loader import load_weights
+from backend.plan import NEMO_12B as NEMO
 from tests.bench.conditions import RESULTS
 from tests.bench.gpu.floor import decode_bytes, prompt_us, serving_us
-from tests.bench.gpu.models import FP8, NEMO, TOY
+from tests.bench.gpu.models import FP8, TOY
 from tests.bench.serving import __main__ as command
 from tests.bench.serving import bench as bench_module
 from tests.bench.serving import vllm_way as vllm_module

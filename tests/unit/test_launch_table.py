@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from backend.plan import NEMO_12B as NEMO
 from tests.bench.gpu import launch_table
 from tests.bench.gpu.floor import decode_bytes
-from tests.bench.gpu.models import FP8, NEMO
+from tests.bench.gpu.models import FP8
 from tests.bench.gpu.steps import Cell
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from backend.checkpoint.model_config import ModelConfig
+from backend.plan import NEMO_12B as NEMO
 from backend.runner.cuda.runner import CudaRunner
 from kernels import read_bandwidth
 from kernels.bench import describe_machine, time_case
@@ -31,7 +32,7 @@ from kernels.ops import OPS, select_ops
 from tests.bench.conditions import RESULTS
 from tests.bench.gpu import kernel_timings, long_context, prompts, steps
 from tests.bench.gpu.host_clock import HostClock
-from tests.bench.gpu.models import NEMO, TOY, pages_for, random_runner
+from tests.bench.gpu.models import TOY, pages_for, random_runner
 from tests.bench.gpu.observed_device import ObservedDevice
 from tests.bench.gpu.prompts import Prompt
 from tests.bench.gpu.steps import Cell

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from backend.checkpoint.weights import allocate_weights
+from backend.plan import NEMO_12B as NEMO
 from kernels import decode_attention, embedding, rmsnorm, rope_kv, sample, skinny_gemm, swiglu
 from kernels.launch import Launch
 from kernels.op import Case, Cost
 from kernels.table import H200_BYTES_PER_US, readable_bytes
 from tests.bench.conditions import RESULTS
 from tests.bench.gpu.host_only_device import HostOnlyDevice
-from tests.bench.gpu.models import FP8, NEMO, pages_for, runner_of
+from tests.bench.gpu.models import FP8, pages_for, runner_of
 from tests.bench.gpu.steps import Cell, Decoding
 from tests.bench.gpu.timeline import label
 

@@ -10,25 +10,11 @@ from backend.checkpoint.matrix import Matrix, WeightFormat
 from backend.checkpoint.model_config import ModelConfig
 from backend.checkpoint.weights import Weights, allocate_weights
 from backend.engine.plan import PAGE_TOKENS
+from backend.plan import NEMO_12B
 from backend.runner.cuda.runner import CudaRunner
 from kernels.launch import Device
 
-NEMO = ModelConfig(
-    layout="huggingface",
-    num_layers=40,
-    hidden_size=5120,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    ffn_size=14336,
-    vocab_size=131072,
-    rope_theta=1e6,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=False,
-    max_position_embeddings=131072,
-    source_dtype="bfloat16",
-)
-TOY = replace(NEMO, num_layers=2, hidden_size=256, num_heads=4, num_kv_heads=1, ffn_size=256, vocab_size=512)
+TOY = replace(NEMO_12B, num_layers=2, hidden_size=256, num_heads=4, num_kv_heads=1, ffn_size=256, vocab_size=512)
 
 FP8 = WeightFormat(torch.bfloat16, has_fp8_linears=True)
 _VALUES_AT_ONCE = 1 << 26

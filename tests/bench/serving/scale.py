@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from backend.checkpoint.model_config import ModelConfig
-from tests.bench.gpu.models import NEMO, TOY
+from backend.plan import NEMO_12B as NEMO
+from tests.bench.gpu.models import TOY
 from tests.bench.serving.scenarios import LAST_ID, SCENARIOS, Scenario
 
 SHARES = (0.5, 0.8, 0.95)
