@@ -226,7 +226,7 @@ _SERVING: dict[str, Table] = {
 }
 _EVALUATION = PROJECT / "tests" / "evaluation" / "README.md"
 PLACES: dict[Path, dict[str, Table]] = {
-    README: {name: table for name, table in TABLES.items() if name != "evaluation"},
+    README: {name: TABLES[name] for name in ("ensemble", "first_token", "quality", "peers")},
     _EVALUATION: {"evaluation": evaluation_tables},
     PAGE: {"gpu": gpu_table, **_SERVING, "gateway": gateway_table, "long_context": long_context_table} | TABLES,
 }
