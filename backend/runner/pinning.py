@@ -11,7 +11,7 @@ import mmap
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -39,12 +39,17 @@ class CudaPinner:
     def pin(self, address: int, num_bytes: int) -> None:
         """RuntimeError with CUDA's words."""
         with torch.cuda.device(self._device):
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)))
+            _check(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))
 
     def unpin(self, address: int) -> None:
         """RuntimeError with CUDA's words."""
         with torch.cuda.device(self._device):
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))
+            _check(torch.cuda.cudart().cudaHostUnregister(address))
+
+
+def _check(status: Any) -> None:
+    if int(status) != 0:
+        raise RuntimeError(torch.cuda.cudart().cudaGetErrorString(status))
 
 
 def pinnable(num_bytes: int) -> torch.Tensor:
@@ -62,6 +67,7 @@ class Pinning:
     """
 
     def __init__(self, memory: Sequence[torch.Tensor], unit_bytes: int, pinner: Pinner) -> None:
+        self._memory = tuple(memory)  # must not be freed while it is pinned
         self._pinner = pinner
         self._pinned: list[int] = []
         self._is_closing = threading.Event()

@@ -40,7 +40,7 @@ MAX_TOKENS = 600
 DEADLINE_MS = 700
 LONG: dict[str, Any] = {"prompt_token_ids": [1, 1500], "max_tokens": 4000, "ignore_eos": True}
 CHAT: dict[str, Any] = {"model": "mistral-nemo", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
-# Waits an hour by the wall clock, in each of the ways that the C library and futexes have; and a second by the other clock.
+# Waits an hour by the wall clock, in four ways that the C library and futexes have; and a second by the other clock.
 WAITS = """
 import ctypes, threading, time
 

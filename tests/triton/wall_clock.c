@@ -2,7 +2,8 @@
  *
  * WALL_CLOCK_FILE names a file of eight bytes, the offset in nanoseconds; it may change at any time. Monotonic clocks stay.
  * The kernel knows nothing of the offset, so waits until a point of the wall clock are cut into slices, before each of which
- * the offset is read again: a jump makes such a wait end early or late, as on a machine whose clock is set.
+ * the offset is read again: a jump makes such a wait end early or late, as on a machine whose clock is set. Not cut are
+ * clock_nanosleep until a point, sem_clockwait, pthread_mutex_clocklock, timed read-write locks, message queues and timerfd.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
