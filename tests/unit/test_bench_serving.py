@@ -26,6 +26,7 @@ from tests.bench.gpu.floor import decode_bytes, prompt_us, serving_us
 from tests.bench.gpu.models import FP8, TOY
 from tests.bench.serving import __main__ as command
 from tests.bench.serving import bench as bench_module
+from tests.bench.serving import static_batch as static_module
 from tests.bench.serving import vllm_way as vllm_module
 from tests.bench.serving.bench import ENSEMBLE, ON_EMULATOR, OURS, Bench
 from tests.bench.serving.checkpoint import write_checkpoint, write_made_up_tekken
@@ -35,7 +36,7 @@ from tests.bench.serving.peers import run_peer
 from tests.bench.serving.roofline import Roofline
 from tests.bench.serving.scale import SMALL
 from tests.bench.serving.scenarios import SCENARIOS, Scenario
-from tests.bench.serving.static_batch import StaticModel
+from tests.bench.serving.static_batch import StaticModel, measure_static_batch
 from tests.bench.serving.triton_way import prepare_wheel
 from tests.bench.serving.way import ServingError
 from tests.bench.serving_tables import capacity_table
@@ -272,6 +273,19 @@ def test_the_static_batch_computes_what_a_whole_prompt_gives() -> None:
         error = (split - whole).float().norm() / whole.float().norm()
         assert error < 0.02
         assert model.prompt(ids, kv).shape == (2, 1)
+
+
+def test_the_median_request_of_a_static_batch_waits_for_the_prompts_before_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts and steps of 10 ms each: 50 for four prompts and an id, of which the requests wait for 10, 20, 30 and 40."""
+    monkeypatch.setattr(static_module, "_seconds", lambda *_: 0.01)
+    cells: list[dict[str, Any]] = []
+    scale = replace(SMALL, scenarios=(Scenario("", 8, 1, 4),))
+    measure_static_batch(scale, CPU, lambda: True, cells.append)
+    assert cells[0]["capacity"]["first_token_p50_ms"] == pytest.approx(25)
+    assert cells[0]["capacity"]["inter_token_p50_ms"] == pytest.approx(10)
+    assert cells[0]["capacity"]["tokens_per_s"] == pytest.approx(4 / 0.05)
 
 
 def test_layers_of_the_static_batch_share_a_compilation() -> None:
