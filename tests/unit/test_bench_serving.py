@@ -77,9 +77,11 @@ def test_the_engine_at_toy_scale(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_the_cuda_runner_on_the_emulator(tmp_path: Path) -> None:
     file = tmp_path / "toy.json"
     assert run("engine", "--toy", "--json", str(file), "--ways", ON_EMULATOR) == 0
-    (cell,) = json.loads(file.read_text())["cells"]
+    results = json.loads(file.read_text())
+    (cell,) = results["cells"]
     assert (cell["prompt_tokens"], cell["output_tokens"], cell["concurrent"]) == (5, 5, 2)
     assert cell["capacity"]["output_tokens"] >= 2
+    assert capacity_table(results).endswith(" | -" * 7 + " |"), "too few tokens for latencies"
 
 
 def test_toy_scale_writes_nothing_where_a_gpu_does(capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,6 +196,8 @@ def test_vllm_gets_the_load_that_we_get(fake_vllm: dict[str, Any], tmp_path: Pat
     way = vllm_module.vllm_way(tmp_path / "checkpoint", SMALL, torch.device("cuda"))
     assert fake_vllm["load_format"] == "dummy"
     assert (fake_vllm["quantization"], fake_vllm["kv_cache_dtype"]) == ("fp8", "fp8")
+    sizes = [fake_vllm[name] for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len")]
+    assert sizes == [int(SMALL.settings[name]) for name in ("max_num_seqs", "max_step_tokens", "max_model_len")]
     config = json.loads((Path(fake_vllm["model"]) / "config.json").read_text())
     assert (config["hidden_size"], config.get("quantization_config")) == (TOY.hidden_size, None)
     cells: list[dict[str, Any]] = []
@@ -205,6 +209,17 @@ def test_vllm_gets_the_load_that_we_get(fake_vllm: dict[str, Any], tmp_path: Pat
     assert cells[-1]["capacity"]["requests_ended"] > 1
     assert cells[-1]["poisson"][0]["load"] == 0.5
     assert not way._engine.requests, "everything is taken back at the end"
+
+
+def test_vllm_that_does_not_get_idle_is_an_error(
+    fake_vllm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_module, "_IDLE_TIMEOUT_S", 0.0)
+    way = vllm_module.vllm_way(tmp_path / "checkpoint", SMALL, torch.device("cuda"))
+    way.wait_until_idle()
+    way.submit(1, (5, 6), 1_000_000)
+    with pytest.raises(ServingError, match="vLLM is not idle after 0 s"):
+        way.wait_until_idle()
 
 
 def test_what_runs_on_a_gpu_runs_with_stand_ins(
