@@ -213,6 +213,7 @@ TABLES: dict[str, Table] = {
     "overlap": overlap_table,
     "peers": peers_table,
     "quality": quality_table,
+    "runner_host": runner_host_table,
     "scheduler": scheduler_table,
     "soak": soak_table,
     "tekken": tekken_table,
