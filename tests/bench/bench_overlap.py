@@ -71,7 +71,7 @@ class Loop:
         self._requests = requests()
         self._profile: cProfile.Profile | None = None
 
-    def run(self, *, is_profiled: bool = False) -> dict[str, float]:
+    def run(self, *, is_profiled: bool = False) -> dict[str, float | None]:
         """Take `num_steps` steps behind the first ones, in a thread of its own."""
         for request in itertools.islice(self._requests, self._num_sequences):
             self._engine.submit(request)
@@ -97,7 +97,7 @@ class Loop:
             self._engine.stop()
 
 
-def run_process(num_sequences: int, step_s: float, num_steps: int) -> dict[str, float]:
+def run_process(num_sequences: int, step_s: float, num_steps: int) -> dict[str, float | None]:
     """The same through the engine's process: its threads, its messages, and an owner that reads them."""
     ours, theirs = multiprocessing.Pipe(duplex=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -132,7 +132,7 @@ def run_process(num_sequences: int, step_s: float, num_steps: int) -> dict[str, 
                     for _ in [event for event in message.tokens if event.is_request_end]:
                         messages.send(ours, messages.Submit(next(wanted)))
             _say_goodbye(ours)
-            summary: dict[str, float] = json.loads(engine.communicate(timeout=30)[0])
+            summary: dict[str, float | None] = json.loads(engine.communicate(timeout=30)[0])
             return summary
 
 

@@ -14,7 +14,6 @@ import contextlib
 import cProfile
 import gc
 import pstats
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from backend.engine.plan import PAGE_TOKENS, StepResult
+from client.load_report import percentile_ms
 from tests.bench.conditions import conditions, write_results
 from tests.bench.gpu.host_only_device import HostOnlyDevice
 from tests.bench.gpu.models import TOY, random_runner
@@ -32,23 +32,21 @@ _CONTEXT = 1024
 _WARM_UP_STEPS = 3
 
 
-def step_times_ms(num_sequences: int, num_steps: int, profile: cProfile.Profile | None) -> list[float]:
-    """Milliseconds of each step, the plan of which is made before; one step ahead, as the engine does it."""
+def step_times_s(num_sequences: int, num_steps: int, profile: cProfile.Profile | None) -> list[float]:
+    """Seconds of each step, the plan of which is made before; one step ahead, as the engine does it."""
     context = _CONTEXT + _WARM_UP_STEPS + num_steps
     runner = random_runner(
         TOY,
-        HostOnlyDevice(),
+        HostOnlyDevice(results={"is_finite": 1}),
         num_pages=num_sequences * -(-context // PAGE_TOKENS),
         max_num_seqs=num_sequences,
         max_model_len=context,
         max_step_tokens=512,
     )
-    with torch.inference_mode():
-        runner._staging.outputs["is_finite"].fill_(1)  # what a device would say
     decoding = Decoding(runner, Cell(num_sequences, _CONTEXT), _WARM_UP_STEPS + num_steps)
     plans = [decoding.next_plan() for _ in range(_WARM_UP_STEPS + num_steps)]
     gc.collect()
-    times_ms, pending = [], None
+    times_s, pending = [], None
     for index, plan in enumerate(plans):
         if profile is not None and index == _WARM_UP_STEPS:
             profile.enable()
@@ -57,11 +55,11 @@ def step_times_ms(num_sequences: int, num_steps: int, profile: cProfile.Profile 
         step.draw({})
         if pending is not None:
             assert isinstance(pending.result(), StepResult)
-        times_ms.append(1000 * (time.thread_time() - started))
+        times_s.append(time.thread_time() - started)
         pending = step
     if profile is not None:
         profile.disable()
-    return times_ms[_WARM_UP_STEPS:]
+    return times_s[_WARM_UP_STEPS:]
 
 
 @contextlib.contextmanager
@@ -88,11 +86,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for num_sequences in arguments.sequences:
         profile = cProfile.Profile() if arguments.profile else None
         with one_thread():
-            times_ms = step_times_ms(num_sequences, arguments.steps, profile)
+            times_s = step_times_s(num_sequences, arguments.steps, profile)
         cell = {
             "sequences": num_sequences,
-            "median_ms": round(statistics.median(times_ms), 3),
-            "p99_ms": round(statistics.quantiles(times_ms, n=100)[98], 3),
+            "p50_ms": percentile_ms(times_s, 50),
+            "p99_ms": percentile_ms(times_s, 99),
         }
         results["cells"].append(cell)
         print(cell, file=sys.stderr, flush=True)

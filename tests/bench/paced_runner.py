@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
 
 from backend.engine.plan import StepPlan
 from backend.runner.fake_runner import FakeRunner, FakeStep
+from client.load_report import percentile_ms
 
 
 class PacedRunner(FakeRunner):
@@ -28,28 +27,22 @@ class PacedRunner(FakeRunner):
         self._cpu_s.append(time.thread_time())
         return step
 
-    def summary(self, num_skipped: int) -> dict[str, float]:
+    def summary(self, num_skipped: int) -> dict[str, float | None]:
         """Of all steps but the first `num_skipped` and the last: what the device waited, and what the loop's thread computed.
 
         `idle_percent` of the time, `gap_percent` of the steps that came too late, by how much (ms), and processor time
         a step (ms), which leaves out sleeping.
         """
-        gaps_ms = [1000 * gap_s for gap_s in self._gaps_s[num_skipped + 1 : -1]]
-        first, last, num_steps = num_skipped, len(self._gaps_s) - 2, len(gaps_ms)
-        wall_ms = 1000 * (self._launched_s[last] - self._launched_s[first])
-        cpu_ms = 1000 * (self._cpu_s[last] - self._cpu_s[first])
+        gaps_s = self._gaps_s[num_skipped + 1 : -1]
+        first, last, num_steps = num_skipped, len(self._gaps_s) - 2, len(gaps_s)
+        wall_s, cpu_s = (times_s[last] - times_s[first] for times_s in (self._launched_s, self._cpu_s))
         return {
             "steps": num_steps,
-            "step_ms": round(wall_ms / num_steps, 3),
-            "idle_percent": round(100 * sum(gaps_ms) / wall_ms, 3),
-            "gap_percent": round(100 * sum(gap_ms > 0 for gap_ms in gaps_ms) / num_steps, 3),
-            "gap_p50_ms": round(quantile(gaps_ms, 0.5), 3),
-            "gap_p99_ms": round(quantile(gaps_ms, 0.99), 3),
-            "gap_max_ms": round(max(gaps_ms), 3),
-            "host_ms_per_step": round(cpu_ms / num_steps, 3),
+            "step_ms": round(1000 * wall_s / num_steps, 3),
+            "idle_percent": round(100 * sum(gaps_s) / wall_s, 3),
+            "gap_percent": round(100 * sum(gap_s > 0 for gap_s in gaps_s) / num_steps, 3),
+            "gap_p50_ms": percentile_ms(gaps_s, 50),
+            "gap_p99_ms": percentile_ms(gaps_s, 99),
+            "gap_max_ms": percentile_ms(gaps_s, 100),
+            "host_ms_per_step": round(1000 * cpu_s / num_steps, 3),
         }
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """The least value that `share` of all do not exceed."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]

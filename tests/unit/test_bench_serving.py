@@ -26,6 +26,7 @@ from tests.bench.gpu.floor import decode_bytes, prompt_us, serving_us
 from tests.bench.gpu.models import FP8, TOY
 from tests.bench.serving import __main__ as command
 from tests.bench.serving import bench as bench_module
+from tests.bench.serving import static_batch as static_module
 from tests.bench.serving import vllm_way as vllm_module
 from tests.bench.serving.bench import ENSEMBLE, ON_EMULATOR, OURS, Bench
 from tests.bench.serving.checkpoint import write_checkpoint, write_made_up_tekken
@@ -35,7 +36,7 @@ from tests.bench.serving.peers import run_peer
 from tests.bench.serving.roofline import Roofline
 from tests.bench.serving.scale import SMALL
 from tests.bench.serving.scenarios import SCENARIOS, Scenario
-from tests.bench.serving.static_batch import StaticModel
+from tests.bench.serving.static_batch import StaticModel, measure_static_batch
 from tests.bench.serving.triton_way import prepare_wheel
 from tests.bench.serving.way import ServingError
 from tests.bench.serving_tables import capacity_table
@@ -76,9 +77,11 @@ def test_the_engine_at_toy_scale(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_the_cuda_runner_on_the_emulator(tmp_path: Path) -> None:
     file = tmp_path / "toy.json"
     assert run("engine", "--toy", "--json", str(file), "--ways", ON_EMULATOR) == 0
-    (cell,) = json.loads(file.read_text())["cells"]
+    results = json.loads(file.read_text())
+    (cell,) = results["cells"]
     assert (cell["prompt_tokens"], cell["output_tokens"], cell["concurrent"]) == (5, 5, 2)
     assert cell["capacity"]["output_tokens"] >= 2
+    assert capacity_table(results).endswith(" | -" * 7 + " |"), "too few tokens for latencies"
 
 
 def test_toy_scale_writes_nothing_where_a_gpu_does(capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,6 +196,8 @@ def test_vllm_gets_the_load_that_we_get(fake_vllm: dict[str, Any], tmp_path: Pat
     way = vllm_module.vllm_way(tmp_path / "checkpoint", SMALL, torch.device("cuda"))
     assert fake_vllm["load_format"] == "dummy"
     assert (fake_vllm["quantization"], fake_vllm["kv_cache_dtype"]) == ("fp8", "fp8")
+    sizes = [fake_vllm[name] for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len")]
+    assert sizes == [int(SMALL.settings[name]) for name in ("max_num_seqs", "max_step_tokens", "max_model_len")]
     config = json.loads((Path(fake_vllm["model"]) / "config.json").read_text())
     assert (config["hidden_size"], config.get("quantization_config")) == (TOY.hidden_size, None)
     cells: list[dict[str, Any]] = []
@@ -204,6 +209,17 @@ def test_vllm_gets_the_load_that_we_get(fake_vllm: dict[str, Any], tmp_path: Pat
     assert cells[-1]["capacity"]["requests_ended"] > 1
     assert cells[-1]["poisson"][0]["load"] == 0.5
     assert not way._engine.requests, "everything is taken back at the end"
+
+
+def test_vllm_that_does_not_get_idle_is_an_error(
+    fake_vllm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_module, "_IDLE_TIMEOUT_S", 0.0)
+    way = vllm_module.vllm_way(tmp_path / "checkpoint", SMALL, torch.device("cuda"))
+    way.wait_until_idle()
+    way.submit(1, (5, 6), 1_000_000)
+    with pytest.raises(ServingError, match="vLLM is not idle after 0 s"):
+        way.wait_until_idle()
 
 
 def test_what_runs_on_a_gpu_runs_with_stand_ins(
@@ -272,6 +288,19 @@ def test_the_static_batch_computes_what_a_whole_prompt_gives() -> None:
         error = (split - whole).float().norm() / whole.float().norm()
         assert error < 0.02
         assert model.prompt(ids, kv).shape == (2, 1)
+
+
+def test_the_median_request_of_a_static_batch_waits_for_the_prompts_before_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts and steps of 10 ms each: 50 for four prompts and an id, of which the requests wait for 10, 20, 30 and 40."""
+    monkeypatch.setattr(static_module, "_seconds", lambda *_: 0.01)
+    cells: list[dict[str, Any]] = []
+    scale = replace(SMALL, scenarios=(Scenario("", 8, 1, 4),))
+    measure_static_batch(scale, CPU, lambda: True, cells.append)
+    assert cells[0]["capacity"]["first_token_p50_ms"] == pytest.approx(25)
+    assert cells[0]["capacity"]["inter_token_p50_ms"] == pytest.approx(10)
+    assert cells[0]["capacity"]["tokens_per_s"] == pytest.approx(4 / 0.05)
 
 
 def test_layers_of_the_static_batch_share_a_compilation() -> None:

@@ -133,6 +133,29 @@ def test_arrivals_by_themselves_follow_at_the_share_that_is_asked_for() -> None:
     assert again.poisson(rate, 5, settle_s=1.0, window_s=20.0, seed=3) == numbers
 
 
+class BlockingWay(SteppingWay):
+    """Its progress takes 0.3 s: whatever is due meanwhile is submitted late."""
+
+    step_s = 0.3
+
+    def progress(self, timeout_s: float) -> Sequence[Progress]:
+        if not self._left:
+            self.now_s += self.step_s
+            return ()
+        return super().progress(timeout_s)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_due_while_progress_blocks_is_waited_for(seed: int) -> None:
+    """The window ends within a step: arrivals of that step are counted, each with its first token."""
+    load = make_load(way := BlockingWay())
+    numbers = load.poisson(8.0, 0, settle_s=0.0, window_s=2.0, seed=seed)
+    assert way.now_s > 2.0
+    assert numbers["arrived"] == len(list(itertools.takewhile(lambda at_s: at_s <= 2.0, poisson_arrivals(8.0, seed))))
+    assert numbers["first_tokens"] == numbers["arrived"]
+    assert numbers["without_first_token"] == 0
+
+
 def test_a_cell_has_capacity_and_loads_and_stops_when_the_time_is_over() -> None:
     way, cells = SteppingWay(), list[dict[str, Any]]()
     times = iter((True, False))

@@ -86,6 +86,8 @@ class Bench:
             hits = way.num_prefix_hit_tokens
 
             def keep(cell: dict[str, Any], about: dict[str, Any] = about, hits: int = hits) -> None:
+                if not scale.has_latencies:
+                    cell = cell | {"capacity": _without_latencies(cell["capacity"])}
                 self._keep(about | cell | {"prefix_hit_tokens": way.num_prefix_hit_tokens - hits})
 
             measure(way, scenario, self._handles, scale, shares=shares, time_is_left=self._time_is_left, keep=keep)
@@ -151,6 +153,10 @@ class Bench:
             self._json_file.write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
 
 
+def _without_latencies(numbers: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in numbers.items() if not name.endswith("_ms")}
+
+
 def line(cell: dict[str, Any]) -> str:
     """For people: the newest number of a cell."""
     head = f"{cell['way']:<36} {cell['scenario']:<10} x {cell['concurrent']:>3}"
@@ -166,5 +172,6 @@ def line(cell: dict[str, Any]) -> str:
     times = "".join(
         f"  {title} p50 {numbers[f'{name}_p50_ms']} ms, p99 {numbers.get(f'{name}_p99_ms')}"
         for name, title in (("first_token", "first token"), ("inter_token", "then a token"))
+        if f"{name}_p50_ms" in numbers
     )
     return f"{head}  {numbers['tokens_per_s']:>9,.1f} tokens/s{share}{times}"

@@ -152,15 +152,11 @@ class Load:
 
     def _run_until_counted(self, window: Window, turn: Callable[[], None]) -> None:
         """The load goes on behind the window until every request that was due in it has its first token."""
-        waiting: list[RequestRecord] | None = None
         while self._now_s() < window.end_s + self._patience_s:
-            turn()
-            if self._now_s() > window.end_s:
-                if waiting is None:
-                    waiting = [record for record in self.records if record.due_s in window]
-                waiting = [record for record in waiting if not record.times_s]
-                if not waiting:
-                    return
+            is_behind = self._now_s() > window.end_s
+            turn()  # and where it began behind the window, all that was due in that is submitted now
+            if is_behind and all(record.times_s for record in self.records if record.due_s in window):
+                return
 
     def _turn(self, timeout_s: float) -> None:
         for handle, num_tokens, at_s, is_end in self._way.progress(max(0.0, timeout_s)):

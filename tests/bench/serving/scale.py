@@ -15,7 +15,10 @@ SHARES = (0.5, 0.8, 0.95)
 
 @dataclass(frozen=True)
 class Scale:
-    """`settings` are the engine's; `window_s` counts, after `settle_s` when requests arrive by themselves."""
+    """`settings` are the engine's; `window_s` counts, after `settle_s` when requests arrive by themselves.
+
+    Without `has_latencies`, so few tokens come that their times are left out of the results.
+    """
 
     name: str
     config: ModelConfig
@@ -25,6 +28,7 @@ class Scale:
     settle_s: float
     patience_s: float
     shares: tuple[float, ...] = field(default=SHARES)
+    has_latencies: bool = True
 
 
 # A deadline would end what waits at 95 %. Nothing is ever swapped out: what is admitted has its pages.
@@ -61,4 +65,5 @@ EMULATED = Scale(
     settle_s=0.0,
     patience_s=180.0,
     shares=(),
+    has_latencies=False,
 )

@@ -16,7 +16,7 @@ import torch
 
 from tests.bench.serving.checkpoint import write_config
 from tests.bench.serving.scale import Scale
-from tests.bench.serving.way import Progress
+from tests.bench.serving.way import Progress, ServingError
 
 # Taken where it is installed; nothing here needs it, so it is pinned nowhere.
 VLLM = "vllm"
@@ -59,9 +59,11 @@ class VllmWay:
         ]
 
     def wait_until_idle(self) -> None:
-        """Steps until nothing is left."""
+        """Steps until nothing is left; ServingError when something is after a minute."""
         end_s = time.monotonic() + _IDLE_TIMEOUT_S
-        while self._engine.has_unfinished_requests() and time.monotonic() < end_s:
+        while self._engine.has_unfinished_requests():
+            if time.monotonic() > end_s:
+                raise ServingError(f"vLLM is not idle after {_IDLE_TIMEOUT_S:g} s")
             self._engine.step()
 
     def close(self) -> None:
@@ -82,6 +84,7 @@ def vllm_way(checkpoint: Path, scale: Scale, device: torch.device) -> VllmWay:
         kv_cache_dtype="fp8",
         max_model_len=int(scale.settings["max_model_len"]),
         max_num_seqs=int(scale.settings["max_num_seqs"]),
+        max_num_batched_tokens=int(scale.settings["max_step_tokens"]),
         gpu_memory_utilization=0.9,
         disable_log_stats=True,
     )

@@ -33,7 +33,7 @@ class Way(Protocol):
         """What has come since the last call, waiting for something at most so long; ServingError when a request failed."""
 
     def wait_until_idle(self) -> None:
-        """Return when nothing of what was taken back runs any more."""
+        """Return when nothing of what was taken back runs any more; ServingError when that does not come."""
 
     def close(self) -> None:
         """End what serves."""
