@@ -39,10 +39,10 @@ def cuda_workspace_bytes(config: ModelConfig, max_num_seqs: int, max_model_len: 
     """Bytes beside weights and KV pages, at most: logits and sampler state of every slot, a step's activations and attention."""
     max_pages = -(-max_model_len // PAGE_TOKENS)
     num_tiles = most_tiles(max_step_tokens, max_num_seqs, config.num_heads, config.num_kv_heads)
-    # Logits, adjusted ones, histories, and a copy of the logits of which log-probabilities are asked.
-    of_slots = max_num_seqs * (4 * 4 * config.vocab_size + 4 * max_pages + SLOT_BYTES)
+    # Logits, adjusted ones and histories.
+    of_slots = max_num_seqs * (3 * 4 * config.vocab_size + 4 * max_pages + SLOT_BYTES)
     of_scores = 2 * 4 * PIECE_ROWS * config.vocab_size  # of a piece, and of the one before until it is there
-    of_head = max(max_num_seqs, PIECE_ROWS) * (2 * config.hidden_size + 4)
+    of_head = max(max_num_seqs, PIECE_ROWS) * (2 * config.hidden_size + 4 + 4)
     widest = max(config.hidden_size, config.query_size, config.ffn_size)
     row = 2 * (2 * config.hidden_size + 2 * config.query_size + 2 * config.kv_size + 2 * config.ffn_size) + 3 * widest
     angles = 4 * max_model_len * config.head_dim
