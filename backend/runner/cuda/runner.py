@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -252,19 +253,21 @@ class CudaRunner:
         }
 
     def close(self) -> None:
-        """Free weights, pages and sampler state; the runner cannot be used afterwards."""
-        self._device.synchronize()
-        self._host_pages.close()
-        del (
-            self._graphs,
-            self._transformer,
-            self._drawer,
-            self._staging,
-            self._host_pages,
-            self._state,
-            self._last_step,
-            self.kv,
-        )
+        """Free weights, pages and sampler state; the runner cannot be used afterwards. So too when it raises LaunchError."""
+        try:
+            with closing(self._host_pages):
+                self._device.synchronize()
+        finally:
+            del (
+                self._graphs,
+                self._transformer,
+                self._drawer,
+                self._staging,
+                self._host_pages,
+                self._state,
+                self._last_step,
+                self.kv,
+            )
 
     def _run(self, part: Part) -> None:
         match part:

@@ -83,7 +83,7 @@ class StepMemory:
         self.outputs = carve(self.output_words, output_fields(max_sampled))
         self.score_words = pinned(num_words(score_fields(max_sampled, MAX_LOGPROBS)))
         self.masks = pinned(max_sampled, mask_words)
-        self.mask_rows: npt.NDArray[np.int32] = self.masks.numpy()
+        self.mask_words: npt.NDArray[np.int32] = self.masks.numpy()
         self.mark: Mark | None = None
         self.num_uses = 0
 
@@ -127,7 +127,7 @@ class Staging:
     def upload_masks(self, memory: StepMemory, masks: list[Mask | None]) -> None:
         """Start the copy of the rows' masks, None for a row that may draw any id."""
         for row, mask in enumerate(masks):
-            memory.mask_rows[row] = -1 if mask is None else mask
+            memory.mask_words[row] = -1 if mask is None else mask
         self.masks[: len(masks)].copy_(memory.masks[: len(masks)], non_blocking=True)
 
     def download(self, memory: StepMemory) -> None:
