@@ -22,7 +22,7 @@ from backend.runner.cuda.drawing import Drawer, Drawn, StepDraw, TokenScores
 from backend.runner.cuda.graphs import DrawShape, HeadShape, Part, StepGraphs
 from backend.runner.cuda.slot_state import SLOT_BYTES, SlotState
 from backend.runner.cuda.staging import MAX_UPDATES, Staging, StepMemory, staging_bytes, to_device
-from backend.runner.cuda.step_tokens import StepTokens, lay_out
+from backend.runner.cuda.step_tokens import StepTokens, lay_out, step_widths
 from backend.runner.cuda.transformer import CudaTransformer
 from backend.runner.host_pages import HostPages
 from backend.runner.kv_pages import KvPages
@@ -155,9 +155,11 @@ class CudaRunner:
             self._state = SlotState(max_num_seqs, config.vocab_size, -(-max_model_len // PAGE_TOKENS), place)
             self._staging = Staging(
                 device,
-                max_rows=max_step_tokens,
+                num_tiles={
+                    width: most_tiles(width, max_num_seqs, config.num_heads, config.num_kv_heads)
+                    for width in step_widths(max_step_tokens)
+                },
                 max_sampled=max_num_seqs,
-                max_tiles=most_tiles(max_step_tokens, max_num_seqs, config.num_heads, config.num_kv_heads),
                 mask_words=-(-config.vocab_size // 32),
             )
             self._transformer = CudaTransformer(
@@ -285,15 +287,15 @@ class CudaRunner:
 
     def _upload(self, memory: StepMemory, tokens: StepTokens, shape: StepShape, draw: StepDraw) -> None:
         """Write what the device must know of the step, and start its copy."""
-        inputs = memory.inputs
+        inputs, of_tokens = memory.inputs, memory.tokens[shape.width]
         num_tokens, num_sampled = len(tokens.token_ids), len(tokens.sampled)
         inputs["num_tokens"][0] = num_tokens
         inputs["num_sampled"][0] = num_sampled
-        inputs["token_ids"][:num_tokens] = tokens.token_ids
-        inputs["slots"][:num_tokens] = tokens.slots
-        inputs["positions"][:num_tokens] = tokens.positions
-        inputs["lengths"][: tokens.num_generated] = tokens.positions[: tokens.num_generated] + 1
-        inputs["lengths"][tokens.num_generated : shape.width] = 0
+        of_tokens["token_ids"][:num_tokens] = tokens.token_ids
+        of_tokens["slots"][:num_tokens] = tokens.slots
+        of_tokens["positions"][:num_tokens] = tokens.positions
+        of_tokens["lengths"][: tokens.num_generated] = tokens.positions[: tokens.num_generated] + 1
+        of_tokens["lengths"][tokens.num_generated :] = 0
         inputs["head_rows"][:num_sampled] = tokens.sampled
         inputs["draw_slots"][:num_sampled] = tokens.sampled_slots
         inputs["draw_positions"][:num_sampled] = tokens.positions[tokens.sampled] + 1
@@ -305,7 +307,7 @@ class CudaRunner:
         if tokens.chunks:
             tiles = tiles_of(tokens, self.config.num_heads, self.config.num_kv_heads)
             inputs["num_tiles"][0] = len(tiles)
-            inputs["tiles"][: len(tiles)] = tiles
+            of_tokens["tiles"][: len(tiles)] = tiles
         updates = self._state.take_updates()
         if len(updates) > MAX_UPDATES:
             early, updates = updates[:-MAX_UPDATES], updates[-MAX_UPDATES:]
@@ -315,8 +317,8 @@ class CudaRunner:
                 memory=self._state.memory,
                 num_updates=to_device(self._device, [len(early)]),
             )
-        inputs["updates"][: len(updates)] = updates
-        self._staging.upload(memory, len(updates))
+        of_tokens["updates"][: len(updates)] = updates
+        self._staging.upload(memory, shape.width, len(updates))
 
     def _score(self, plan: StepPlan, tokens: StepTokens, hidden: LinearInput) -> tuple[list[TokenScores], ...]:
         if not tokens.scored:

@@ -31,10 +31,16 @@ def device() -> HostOnlyDevice:
     return HostOnlyDevice("meta")
 
 
+def make_runner(device: HostOnlyDevice, max_step_tokens: int) -> CudaRunner:
+    weights = allocate_weights(TOY, device.torch_device, FP8)
+    return runner_of(
+        TOY, weights, device, num_pages=64, max_num_seqs=8, max_model_len=1024, max_step_tokens=max_step_tokens
+    )
+
+
 @pytest.fixture
 def runner(device: HostOnlyDevice) -> CudaRunner:
-    weights = allocate_weights(TOY, device.torch_device, FP8)
-    return runner_of(TOY, weights, device, num_pages=64, max_num_seqs=8, max_model_len=1024, max_step_tokens=512)
+    return make_runner(device, 512)
 
 
 @pytest.fixture
@@ -91,6 +97,14 @@ def test_a_decode_step_is_a_copy_there_a_graph_and_a_copy_back(
     sizes = {there.num_bytes for there, _ in steps}
     assert max(sizes) - min(sizes) == NUM_ROWS * 8
     assert {back.num_bytes for _, back in steps} == {2 * 8 * 4}
+
+
+def test_what_a_step_moves_grows_with_its_own_width_alone(device: HostOnlyDevice, crossings: Crossings) -> None:
+    narrow, wide = (decode_steps(make_runner(device, max_step_tokens), crossings, 3) for max_step_tokens in (16, 65536))
+    assert [[crossing.num_bytes for crossing in step] for step in narrow] == [
+        [crossing.num_bytes for crossing in step] for step in wide
+    ]
+    assert narrow[1][0].num_bytes < 1024
 
 
 def test_the_host_waits_for_no_step_but_the_one_whose_result_it_wants(
