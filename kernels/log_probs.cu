@@ -1,4 +1,4 @@
-// log_probs - log-softmax of a row at one id and at its most likely ids, and the id's rank.
+// log_probs - log-softmax of chosen rows at one id each and at their most likely ids, and the id's rank.
 //
 //   log p(i) = x_i - max x - log(sum_j exp(x_j - max x))            rank(i) = 1 + how many x_j > x_i
 //   The sum is of integers, floor(exp * 2^44), so no order of additions can change it. exp in FP32 of the FP32 difference (its error
@@ -24,8 +24,9 @@ constexpr float MASS_UNITS = 0x1p44f;
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
-log_probs(const float* __restrict__ logits, const int* __restrict__ ids, float* __restrict__ chosen_log_probs, int* __restrict__ ranks,
-          int* __restrict__ top_ids, float* __restrict__ top_log_probs, const int* __restrict__ num_rows, int vocab_size, int num_tops) {
+log_probs(const float* __restrict__ logits, const int* __restrict__ ids, const int* __restrict__ rows, float* __restrict__ chosen_log_probs,
+          int* __restrict__ ranks, int* __restrict__ top_ids, float* __restrict__ top_log_probs, const int* __restrict__ num_rows,
+          int vocab_size, int num_tops) {
   SHARED_ARRAY(Workspace, works, [1]);
   SHARED_ARRAY(u32, group_maxima, [MAX_GROUPS]);
   SHARED_ARRAY(Entry, tops, [MAX_TOPS]);
@@ -38,7 +39,8 @@ log_probs(const float* __restrict__ logits, const int* __restrict__ ids, float* 
   hw::griddep_wait();
   hw::griddep_launch();
   if ((int)row_index >= *num_rows) return;
-  const float* row = logits + row_index * vocab_size;
+  const size_t place = rows[row_index];
+  const float* row = logits + place * vocab_size;
 
   bool is_finite = true;
 #pragma unroll 8
@@ -81,7 +83,7 @@ log_probs(const float* __restrict__ logits, const int* __restrict__ ids, float* 
   }
   __syncthreads();
 
-  const int chosen_id = ids[row_index];
+  const int chosen_id = ids[place];
   const float chosen = row[chosen_id];
   const u32 chosen_key = key_of(chosen);
   u64 sum = 0;
@@ -132,10 +134,10 @@ log_probs(const float* __restrict__ logits, const int* __restrict__ ids, float* 
   });
   __syncthreads();
   if (t < num_tops) {
-    int place = 0;
-    for (int i = 0; i < num_tops; i++) place += tops[i] > tops[t];
-    top_ids[row_index * num_tops + place] = id_of(tops[t]);
-    top_log_probs[row_index * num_tops + place] = (float)((double)logit_of_key(key_of_entry(tops[t])) - normaliser);
+    int order = 0;
+    for (int i = 0; i < num_tops; i++) order += tops[i] > tops[t];
+    top_ids[row_index * num_tops + order] = id_of(tops[t]);
+    top_log_probs[row_index * num_tops + order] = (float)((double)logit_of_key(key_of_entry(tops[t])) - normaliser);
   }
 }
 EXPORT_KERNEL(log_probs)

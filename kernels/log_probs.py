@@ -1,4 +1,4 @@
-"""Log-probabilities of one id per row of logits and of its most likely ids, and the id's rank."""
+"""Log-probabilities of one id in each of some rows of logits and of its most likely ids, and the id's rank."""
 
 from __future__ import annotations
 
@@ -19,25 +19,27 @@ def log_probs(
     *,
     logits: torch.Tensor,
     ids: torch.Tensor,
+    rows: torch.Tensor,
     chosen_log_probs: torch.Tensor,
     ranks: torch.Tensor,
     top_ids: torch.Tensor | None,
     top_log_probs: torch.Tensor | None,
     num_rows: torch.Tensor,
 ) -> None:
-    """log p(i) = x_i - max x - log(sum of exp(x_j - max x)) of each row x, at its id and at its most likely ids.
+    """log p(i) = x_i - max x - log(sum of exp(x_j - max x)) of some rows x, at their ids and at their most likely ids.
 
-    logits [n, V] FP32, V a multiple of 8, at most 262,144. ids [n] INT32, in [0, V). Written: chosen_log_probs [n] FP32;
-    ranks [n] INT32, 1 + how many logits are greater; top_ids [n, k] INT32 and top_log_probs [n, k] FP32 in falling order,
-    lowest id first among equals, k at most 32 and V; both None for none. num_rows [1] INT32: rows from there on are left
-    alone.
+    logits [m, V] FP32, V a multiple of 8, at most 262,144. ids [m] INT32, in [0, V). rows [n] INT32, in [0, m): those of
+    both that are wanted. Written: chosen_log_probs [n] FP32; ranks [n] INT32, 1 + how many logits are greater; top_ids
+    [n, k] INT32 and top_log_probs [n, k] FP32 in falling order, lowest id first among equals, k at most 32 and V; both None
+    for none. num_rows [1] INT32: of `rows` and what is written, those from there on are left alone.
 
     A row that has NaN or infinity gets NaN as its log-probabilities. A row's results depend, bit for bit, on its own
     logits alone. ContractError.
     """
     buffers = (
-        Buffer("logits", logits, Access.READ, "n V", torch.float32),
-        Buffer("ids", ids, Access.READ, "n", torch.int32),
+        Buffer("logits", logits, Access.READ, "m V", torch.float32),
+        Buffer("ids", ids, Access.READ, "m", torch.int32),
+        Buffer("rows", rows, Access.READ, "n", torch.int32),
         Buffer("chosen_log_probs", chosen_log_probs, Access.WRITE, "n", torch.float32),
         Buffer("ranks", ranks, Access.WRITE, "n", torch.int32),
         Buffer("top_ids", top_ids, Access.WRITE, "n k", torch.int32),
@@ -70,6 +72,7 @@ def log_probs_reference(
     *,
     logits: torch.Tensor,
     ids: torch.Tensor,
+    rows: torch.Tensor,
     chosen_log_probs: torch.Tensor,
     ranks: torch.Tensor,
     top_ids: torch.Tensor | None,
@@ -77,12 +80,13 @@ def log_probs_reference(
     num_rows: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """The same in FP64 with a sort."""
-    x = logits.double()
+    places = rows.long()
+    x, ids = logits[places].double(), ids[places].long()
     is_finite = torch.isfinite(x).all(dim=1, keepdim=True)
     log_p = torch.where(is_finite, torch.log_softmax(torch.where(is_finite, x, 0.0), dim=1), torch.nan)
-    chosen = x.gather(1, ids.long().unsqueeze(1))
+    chosen = x.gather(1, ids.unsqueeze(1))
     expected = {
-        "chosen_log_probs": log_p.gather(1, ids.long().unsqueeze(1))[:, 0],
+        "chosen_log_probs": log_p.gather(1, ids.unsqueeze(1))[:, 0],
         "ranks": (x > chosen).sum(dim=1) + 1,
     }
     if top_ids is not None:
@@ -141,15 +145,17 @@ def make_logits(num_rows: int, vocab_size: int, kind: str, generator: torch.Gene
 
 
 def make_inputs(case: Case, seed: int) -> Inputs:
-    """The first id is a likely one, the others any."""
+    """Rows that are not in order, one of them left out; the first one's id is a likely one, the others' any."""
     generator = torch.Generator().manual_seed(seed)
     num_rows, vocab_size, num_tops = (case.sizes[letter] for letter in ("n", "V", "k"))
-    logits = make_logits(num_rows, vocab_size, case.options.get("logits", "normal"), generator)
-    ids = torch.randint(vocab_size, (num_rows,), generator=generator)
-    ids[0] = logits[0].argmax()
+    logits = make_logits(num_rows + 1, vocab_size, case.options.get("logits", "normal"), generator)
+    ids = torch.randint(vocab_size, (num_rows + 1,), generator=generator)
+    rows = torch.randperm(num_rows + 1, generator=generator)[:num_rows]
+    ids[rows[0]] = logits[rows[0]].argmax()
     return {
         "logits": logits,
         "ids": ids.int(),
+        "rows": rows.int(),
         "chosen_log_probs": torch.empty(num_rows),
         "ranks": torch.empty(num_rows, dtype=torch.int32),
         "top_ids": torch.empty(num_rows, num_tops, dtype=torch.int32) if num_tops else None,
@@ -159,7 +165,7 @@ def make_inputs(case: Case, seed: int) -> Inputs:
 
 
 def cost(case: Case) -> Cost:
-    """Each row is read once; what it writes is nothing beside that."""
+    """Each wanted row is read once; what it writes is nothing beside that."""
     num_logits = case.sizes["n"] * case.sizes["V"]
     return Cost(flops=20 * num_logits, bytes=4 * num_logits)
 
@@ -175,5 +181,5 @@ OP = Op(
     cases=CASES,
     programs=(program(),),
     outputs=("chosen_log_probs", "ranks", "top_ids", "top_log_probs"),
-    rows=("logits", "ids", "chosen_log_probs", "ranks", "top_ids", "top_log_probs"),
+    rows=("rows", "chosen_log_probs", "ranks", "top_ids", "top_log_probs"),
 )

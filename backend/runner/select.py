@@ -142,10 +142,11 @@ def _cuda(settings: Settings, config: ModelConfig, progress: Progress, phases: P
     finally:
         compiling.shutdown(wait=False)  # a checkpoint that is refused is not to wait for them
     limits = Limits(settings.max_num_seqs, max_model_len, plan.num_pages, config.vocab_size)
-    num_steps = run_steps(runner, step_sizes(settings.max_num_seqs, settings.max_step_tokens), limits)
+    sizes = list(step_sizes(settings.max_num_seqs, settings.max_step_tokens))
+    num_steps = run_steps(runner, sizes, limits)
     phases.end("warm-up")
     description = runner.describe() | plan.lines(num_host_pages)
-    description |= {"warm_up": f"{num_steps} steps, which come to every graph"}
+    description |= {"warm_up": f"{num_steps} of {len(sizes)} steps"}
     description |= {"max_model_len": why, "reason": "asked for by the setting runner; not yet run on hardware by us"}
     return ServedModel(runner, config.vocab_size, max_model_len, _GPU_STEP_TIMEOUT_S, True, description)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -180,12 +181,15 @@ class TorchRunner:
         }
 
     def close(self) -> None:
-        """Free weights, pages and sampler state; the runner cannot be used afterwards."""
-        if self._placement.device.type == "cuda":
-            torch.cuda.synchronize(self._placement.device)
-        self._host_pages.close()
-        del self._transformer, self._sampler, self._host_pages, self._last_step
-        if self._placement.device.type == "cuda":
+        """Free weights, pages and sampler state; the runner cannot be used afterwards. So too if the device has failed."""
+        is_cuda = self._placement.device.type == "cuda"
+        try:
+            with closing(self._host_pages):
+                if is_cuda:
+                    torch.cuda.synchronize(self._placement.device)
+        finally:
+            del self._transformer, self._sampler, self._host_pages, self._last_step
+        if is_cuda:
             torch.cuda.empty_cache()
 
     def _check(self, plan: StepPlan) -> None:

@@ -35,12 +35,14 @@ _PARAMS = SamplingParams(
 class StepSize:
     """Tokens of a step: `num_generated` of as many sequences in the midst of their answers, the others of prompts.
 
-    `is_guided`: a grammar says what the first may be followed by.
+    `is_guided`: a grammar says what the first may be followed by. `num_forced`: more tokens, of the first sequence, which a
+    grammar forces.
     """
 
     num_generated: int
     num_prompt_tokens: int
     is_guided: bool = True
+    num_forced: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,11 @@ def _rows(size: StepSize, limits: Limits) -> tuple[PlanRow, ...] | None:
     for slot in range(size.num_generated):
         start = SlotStart(_PARAMS, (_TOKEN_ID,), 1, (0,), MAX_LOGPROBS)
         # The token behind a prompt of one, given as a grammar would, since nothing was drawn before.
-        rows.append(PlanRow(slot, 1, 1, (_TOKEN_ID,), (slot,), True, start, is_guided=size.is_guided))
+        num_forced = 0 if slot else size.num_forced
+        ids = (_TOKEN_ID,) * (1 + num_forced)
+        rows.append(
+            PlanRow(slot, 1, len(ids), ids, (slot,), True, start, num_forced=num_forced, is_guided=size.is_guided)
+        )
     first_page, left = size.num_generated, size.num_prompt_tokens
     while left:
         num_tokens = min(left, limits.max_model_len - 1)

@@ -20,6 +20,7 @@ from backend.runner.cuda.warm_up import step_sizes
 from backend.runner.memory_plan import page_bytes
 from backend.runner.warm_up import Limits, StepSize, run_steps
 from tests.bench.gpu.models import FP8, random_runner
+from tests.unit.runner.mixed_step import mixed_step
 
 pytestmark = pytest.mark.gpu
 NUM_SEQS, STEP_TOKENS, MODEL_LEN, NUM_PAGES = 256, 2048, 4096, 1024
@@ -46,6 +47,9 @@ def test_nothing_is_allocated_after_the_warm_up(device: Device, is_emulated: boo
     num_allocations = torch.cuda.memory_stats()["num_device_alloc"]
     sizes = [StepSize(3, 700), StepSize(NUM_SEQS, 0), StepSize(0, 2000), StepSize(17, 20), StepSize(200, 1848)]
     assert run_steps(runner, sizes, limits) == len(sizes)
+    step = runner.launch(mixed_step(NUM_SEQS))
+    step.draw({})
+    assert step.result().log_probs.count(None) == 1
     assert torch.cuda.memory_stats()["num_device_alloc"] == num_allocations
     taken = torch.cuda.max_memory_allocated() - before - weight_bytes(config, FP8) - NUM_PAGES * page_bytes(config, 1)
     planned = cuda_workspace_bytes(config, NUM_SEQS, MODEL_LEN, STEP_TOKENS)

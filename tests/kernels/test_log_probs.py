@@ -64,6 +64,8 @@ MUTANTS = (
         "    __syncthreads();\n    if (chosen == NUM_BINS)",
         "    if (chosen == NUM_BINS)",
     ),
+    Mutant.of("rows in their own order", "log_probs.cu", "= rows[row_index];", "= row_index;"),
+    Mutant.of("ids in their own order", "log_probs.cu", "= ids[place];", "= ids[row_index];"),
     Mutant.of("the highest id first among equals", "select.cuh", "(u32)(MAX_VOCAB - 1 - id)", "(u32)id"),
 )
 
@@ -76,7 +78,8 @@ def test_every_case(case: Case, conditions: Conditions) -> None:
 
 def test_the_numbers_are_the_pytorch_runners() -> None:
     inputs = make_inputs(Case("like torch", {"n": 5, "V": 3000, "k": 20}), seed=5)
-    expected = measure(inputs["logits"], inputs["ids"].long(), 20)
+    rows = inputs["rows"].long()
+    expected = measure(inputs["logits"][rows], inputs["ids"][rows].long(), 20)
     log_probs(EmulatedDevice(PLAIN[0]), **inputs)
     assert torch.equal(inputs["ranks"].long(), expected.ranks)
     assert torch.equal(inputs["top_ids"].long(), expected.top_ids)
@@ -87,7 +90,7 @@ def test_the_numbers_are_the_pytorch_runners() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_row_that_is_not_finite_has_no_log_probabilities_and_spoils_no_other(value: float) -> None:
     inputs = make_inputs(Case("bad row", {"n": 3, "V": 1024, "k": 3}), seed=1)
-    inputs["logits"][1, 1000] = value
+    inputs["logits"][inputs["rows"][1], 1000] = value
     expected = OP.reference(**inputs)
     log_probs(EmulatedDevice(CHECKED[0]), **inputs)
     assert inputs["chosen_log_probs"][1].isnan()

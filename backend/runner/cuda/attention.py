@@ -6,6 +6,7 @@ tiles. The two round differently, so a row's kernel follows from what its token 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,25 +58,22 @@ class StepAttention:
         num_kv_heads: int,
         *,
         page_tables: torch.Tensor,
-        sequences: torch.Tensor,
-        lengths: torch.Tensor,
-        tiles: torch.Tensor,
+        tokens: Mapping[int, Mapping[str, torch.Tensor]],
         num_tiles: torch.Tensor,
         unscaled: torch.Tensor,
     ) -> None:
-        """Allocate for up to R rows.
+        """Allocate for steps of up to R rows, the largest key of `tokens`.
 
-        INT32, read at each run: page_tables [slots, pages]; sequences [R], of each row its row of them; lengths [R], the
-        keys it sees if it is a generated token, else 0; tiles [n, 4] of the rows of prompts, and num_tiles [1], how many
-        there are. unscaled [R, H D] BF16: written in between.
+        INT32, read at each run: page_tables [slots, pages]; of each width the `tokens`: slots [width], of each row its row of
+        them; lengths [width], the keys it sees if it is a generated token, else 0; tiles [n, 4] of the rows of prompts, and
+        num_tiles [1], how many there are. unscaled [R, H D] BF16: written in between.
         """
         self._device = device
         self._num_heads, self._num_kv_heads = num_heads, num_kv_heads
         self._page_tables = page_tables
-        self._sequences = sequences
-        self._lengths = lengths
+        self._tokens = tokens
         self._unscaled = unscaled
-        place, num_rows = device.torch_device, len(lengths)
+        place, num_rows = device.torch_device, max(tokens)
         self._num_rows = torch.full((1,), SLICE_ROWS, dtype=torch.int32, device=place)
         workspace = make_workspace(min(num_rows, SLICE_ROWS), page_tables.shape[1], num_heads, place)
         # Slices run one after the other, so they share the partial results, but not their schedules.
@@ -84,15 +82,15 @@ class StepAttention:
             {name: torch.zeros_like(workspace[name]) for name in ("items", "first_items")}
             for _ in range(num_slices(num_rows))
         ]
-        self._tiles = tiles
         self._num_tiles = num_tiles
 
     def schedule(self, shape: StepShape) -> None:
         """Once a step, before any `run` of the same shape."""
+        lengths = self._tokens[shape.width]["lengths"]
         for index, part in enumerate(_slices(shape.generated_width)):
             schedule_attention(
                 self._device,
-                lengths=self._lengths[part],
+                lengths=lengths[part],
                 num_rows=self._num_rows,
                 **self._schedule(index, part),
             )
@@ -106,6 +104,7 @@ class StepAttention:
         out: LinearInput,
     ) -> None:
         """Write `out` [width, H D] from queries [width, H, D] BF16 and `pages` of K and V, with their `scales` where FP8."""
+        tokens = self._tokens[shape.width]
         for index, part in enumerate(_slices(shape.generated_width)):
             decode_attention(
                 self._device,
@@ -115,8 +114,8 @@ class StepAttention:
                 k_scale=scales[0],
                 v_scale=scales[1],
                 page_tables=self._page_tables,
-                sequences=self._sequences[part],
-                lengths=self._lengths[part],
+                sequences=tokens["slots"][part],
+                lengths=tokens["lengths"][part],
                 **self._schedule(index, part),
                 **self._partials,
                 out=out.values[part],
@@ -125,7 +124,6 @@ class StepAttention:
             )
         if shape.has_prompts:
             # NOTE: behind decode_attention, which puts zeros where a row sees nothing: those of prompts are written over here.
-            num_tiles = most_tiles(shape.width, len(self._page_tables), self._num_heads, self._num_kv_heads)
             prefill_attention(
                 self._device,
                 q=queries,
@@ -134,7 +132,7 @@ class StepAttention:
                 k_scale=scales[0],
                 v_scale=scales[1],
                 page_tables=self._page_tables,
-                tiles=self._tiles[:num_tiles],
+                tiles=tokens["tiles"],
                 num_tiles=self._num_tiles,
                 unscaled=None if out.written_scale is None else self._unscaled[: shape.width],
                 out=out.values,

@@ -87,23 +87,25 @@ class TokenScores:
         device: Device,
         logits: torch.Tensor,
         ids: torch.Tensor,
+        rows: torch.Tensor,
         num_rows: torch.Tensor,
         num_tops: Sequence[int],
         words: torch.Tensor,
         host_words: torch.Tensor,
     ) -> None:
-        """Measure logits [n, V] FP32 at ids [n] INT32, all of them rows that `num_rows` [1] INT32 counts.
+        """Measure logits [m, V] FP32 at ids [m] INT32, in rows [n] INT32 of both, as many as `num_rows` [1] INT32 counts.
 
         words, host_words: memory for the results on both sides, as `score_fields` says.
         """
         most = max(num_tops)
         self._num_tops = num_tops
-        fields = score_fields(len(ids), most)
+        fields = score_fields(len(rows), most)
         found = carve(words, fields)
         log_probs(
             device,
             logits=logits,
             ids=ids,
+            rows=rows,
             chosen_log_probs=found["log_probs"],
             ranks=found["ranks"],
             top_ids=found["top_ids"] if most else None,
@@ -138,6 +140,7 @@ class Drawer:
         self._max_rows = len(staging.outputs["token_ids"])
         self._kept_rows = transformer.head_rows(max(self._max_rows, PIECE_ROWS))
         self._logits = torch.empty(self._max_rows, vocab_size, device=device.torch_device)
+        self._piece_rows = torch.arange(PIECE_ROWS, dtype=torch.int32, device=device.torch_device)
         self._workspace = make_workspace(self._max_rows, vocab_size, device.torch_device)
 
     def width_for(self, num_rows: int) -> int:
@@ -183,14 +186,12 @@ class Drawer:
         """Start the copies of what was drawn."""
         scores = None
         if draw.scored:
-            inputs, token_ids, logits = self._staging.inputs, self._staging.outputs["token_ids"], self._logits
-            if len(draw.scored) < len(draw.slots):
-                rows = inputs["scored_rows"][: len(draw.scored)]
-                token_ids, logits = token_ids.index_select(0, rows), logits.index_select(0, rows)
+            inputs = self._staging.inputs
             scores = TokenScores(
                 self._device,
-                logits[: len(draw.scored)],
-                token_ids[: len(draw.scored)],
+                self._logits,
+                self._staging.outputs["token_ids"],
+                inputs["scored_rows"][: len(draw.scored)],
                 inputs["num_scored"],
                 draw.num_tops,
                 self._staging.score_words,
@@ -217,10 +218,8 @@ class Drawer:
             size = num_words(score_fields(num_rows, num_top))
             words = torch.empty(size, dtype=torch.int32, device=its_ids.device)
             host_words = self._device.pinned(size, dtype=torch.int32)
-            tops = [num_top] * num_rows
-            pieces.append(
-                TokenScores(self._device, logits[:num_rows], its_ids[:num_rows], count, tops, words, host_words)
-            )
+            rows, tops = self._piece_rows[:num_rows], [num_top] * num_rows
+            pieces.append(TokenScores(self._device, logits, its_ids, rows, count, tops, words, host_words))
         return pieces
 
     def _gathered(self, hidden: LinearInput, places: torch.Tensor, num_rows: torch.Tensor) -> LinearInput:

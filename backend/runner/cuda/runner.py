@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from backend.runner.cuda.drawing import Drawer, Drawn, StepDraw, TokenScores
 from backend.runner.cuda.graphs import DrawShape, HeadShape, Part, StepGraphs
 from backend.runner.cuda.slot_state import SLOT_BYTES, SlotState
 from backend.runner.cuda.staging import MAX_UPDATES, Staging, StepMemory, staging_bytes, to_device
-from backend.runner.cuda.step_tokens import StepTokens, lay_out
+from backend.runner.cuda.step_tokens import StepTokens, lay_out, step_widths
 from backend.runner.cuda.transformer import CudaTransformer
 from backend.runner.host_pages import HostPages
 from backend.runner.kv_pages import KvPages
@@ -39,10 +40,10 @@ def cuda_workspace_bytes(config: ModelConfig, max_num_seqs: int, max_model_len: 
     """Bytes beside weights and KV pages, at most: logits and sampler state of every slot, a step's activations and attention."""
     max_pages = -(-max_model_len // PAGE_TOKENS)
     num_tiles = most_tiles(max_step_tokens, max_num_seqs, config.num_heads, config.num_kv_heads)
-    # Logits, adjusted ones, histories, and a copy of the logits of which log-probabilities are asked.
-    of_slots = max_num_seqs * (4 * 4 * config.vocab_size + 4 * max_pages + SLOT_BYTES)
+    # Logits, adjusted ones and histories.
+    of_slots = max_num_seqs * (3 * 4 * config.vocab_size + 4 * max_pages + SLOT_BYTES)
     of_scores = 2 * 4 * PIECE_ROWS * config.vocab_size  # of a piece, and of the one before until it is there
-    of_head = max(max_num_seqs, PIECE_ROWS) * (2 * config.hidden_size + 4)
+    of_head = max(max_num_seqs, PIECE_ROWS) * (2 * config.hidden_size + 4 + 4)
     widest = max(config.hidden_size, config.query_size, config.ffn_size)
     row = 2 * (2 * config.hidden_size + 2 * config.query_size + 2 * config.kv_size + 2 * config.ffn_size) + 3 * widest
     angles = 4 * max_model_len * config.head_dim
@@ -154,9 +155,11 @@ class CudaRunner:
             self._state = SlotState(max_num_seqs, config.vocab_size, -(-max_model_len // PAGE_TOKENS), place)
             self._staging = Staging(
                 device,
-                max_rows=max_step_tokens,
+                num_tiles={
+                    width: most_tiles(width, max_num_seqs, config.num_heads, config.num_kv_heads)
+                    for width in step_widths(max_step_tokens)
+                },
                 max_sampled=max_num_seqs,
-                max_tiles=most_tiles(max_step_tokens, max_num_seqs, config.num_heads, config.num_kv_heads),
                 mask_words=-(-config.vocab_size // 32),
             )
             self._transformer = CudaTransformer(
@@ -252,19 +255,21 @@ class CudaRunner:
         }
 
     def close(self) -> None:
-        """Free weights, pages and sampler state; the runner cannot be used afterwards."""
-        self._device.synchronize()
-        self._host_pages.close()
-        del (
-            self._graphs,
-            self._transformer,
-            self._drawer,
-            self._staging,
-            self._host_pages,
-            self._state,
-            self._last_step,
-            self.kv,
-        )
+        """Free weights, pages and sampler state; the runner cannot be used afterwards. So too when it raises LaunchError."""
+        try:
+            with closing(self._host_pages):
+                self._device.synchronize()
+        finally:
+            del (
+                self._graphs,
+                self._transformer,
+                self._drawer,
+                self._staging,
+                self._host_pages,
+                self._state,
+                self._last_step,
+                self.kv,
+            )
 
     def _run(self, part: Part) -> None:
         match part:
@@ -282,15 +287,15 @@ class CudaRunner:
 
     def _upload(self, memory: StepMemory, tokens: StepTokens, shape: StepShape, draw: StepDraw) -> None:
         """Write what the device must know of the step, and start its copy."""
-        inputs = memory.inputs
+        inputs, of_tokens = memory.inputs, memory.tokens[shape.width]
         num_tokens, num_sampled = len(tokens.token_ids), len(tokens.sampled)
         inputs["num_tokens"][0] = num_tokens
         inputs["num_sampled"][0] = num_sampled
-        inputs["token_ids"][:num_tokens] = tokens.token_ids
-        inputs["slots"][:num_tokens] = tokens.slots
-        inputs["positions"][:num_tokens] = tokens.positions
-        inputs["lengths"][: tokens.num_generated] = tokens.positions[: tokens.num_generated] + 1
-        inputs["lengths"][tokens.num_generated : shape.width] = 0
+        of_tokens["token_ids"][:num_tokens] = tokens.token_ids
+        of_tokens["slots"][:num_tokens] = tokens.slots
+        of_tokens["positions"][:num_tokens] = tokens.positions
+        of_tokens["lengths"][: tokens.num_generated] = tokens.positions[: tokens.num_generated] + 1
+        of_tokens["lengths"][tokens.num_generated :] = 0
         inputs["head_rows"][:num_sampled] = tokens.sampled
         inputs["draw_slots"][:num_sampled] = tokens.sampled_slots
         inputs["draw_positions"][:num_sampled] = tokens.positions[tokens.sampled] + 1
@@ -302,7 +307,7 @@ class CudaRunner:
         if tokens.chunks:
             tiles = tiles_of(tokens, self.config.num_heads, self.config.num_kv_heads)
             inputs["num_tiles"][0] = len(tiles)
-            inputs["tiles"][: len(tiles)] = tiles
+            of_tokens["tiles"][: len(tiles)] = tiles
         updates = self._state.take_updates()
         if len(updates) > MAX_UPDATES:
             early, updates = updates[:-MAX_UPDATES], updates[-MAX_UPDATES:]
@@ -312,8 +317,8 @@ class CudaRunner:
                 memory=self._state.memory,
                 num_updates=to_device(self._device, [len(early)]),
             )
-        inputs["updates"][: len(updates)] = updates
-        self._staging.upload(memory, len(updates))
+        of_tokens["updates"][: len(updates)] = updates
+        self._staging.upload(memory, shape.width, len(updates))
 
     def _score(self, plan: StepPlan, tokens: StepTokens, hidden: LinearInput) -> tuple[list[TokenScores], ...]:
         if not tokens.scored:

@@ -45,6 +45,7 @@ class CudaTransformer:
         self._kv = kv
         self._state = state
         self._step = staging.inputs
+        self._tokens = staging.tokens
         self._norms = [(_bf16(layer.attention_norm), _bf16(layer.ffn_norm)) for layer in weights.layers]
         self._norm = _bf16(weights.norm)
         self._angles = angle_table(config.rope_theta, max_model_len).to(device.torch_device)
@@ -56,7 +57,7 @@ class CudaTransformer:
             for layer in range(config.num_layers)
         ]
         self._num_tokens = self._step["num_tokens"]
-        rows = self._max_rows = len(self._step["token_ids"])
+        rows = self._max_rows = max(self._tokens)
         heads = config.num_heads + 2 * config.num_kv_heads
         widest = max(config.hidden_size, config.query_size, config.ffn_size)
         self._residual, self._branch = (self._zeros(rows, config.hidden_size) for _ in range(2))
@@ -71,9 +72,7 @@ class CudaTransformer:
             config.num_heads,
             config.num_kv_heads,
             page_tables=state.page_tables,
-            sequences=self._step["slots"],
-            lengths=self._step["lengths"],
-            tiles=self._step["tiles"],
+            tokens=self._tokens,
             num_tiles=self._step["num_tiles"],
             # Nothing else is in this memory while attention runs: its result is what it holds next, if that is BF16.
             unscaled=first_of(self._values[torch.bfloat16], rows, config.query_size),
@@ -101,17 +100,17 @@ class CudaTransformer:
 
     def run(self, shape: StepShape) -> None:
         """All layers for the first rows of everything, `shape.width` of them; before that, what has changed in the slots."""
-        width = shape.width
+        width, tokens = shape.width, self._tokens[shape.width]
         scatter(
             self._device,
-            updates=self._step["updates"],
+            updates=tokens["updates"],
             memory=self._state.memory,
             num_updates=self._step["num_updates"],
         )
         embedding(
             self._device,
             table=self._weights.embedding,
-            token_ids=self._step["token_ids"][:width],
+            token_ids=tokens["token_ids"],
             last_ids=self._state.last_ids,
             out=self._residual[:width],
             num_tokens=self._num_tokens,
@@ -145,8 +144,8 @@ class CudaTransformer:
             self._device,
             qkv=qkv,
             angles=self._angles,
-            positions=self._step["positions"][:width],
-            sequences=self._step["slots"][:width],
+            positions=self._tokens[width]["positions"],
+            sequences=self._tokens[width]["slots"],
             page_tables=self._state.page_tables,
             k_scale=k_scale,
             v_scale=v_scale,

@@ -16,12 +16,13 @@ def step_sizes(max_num_seqs: int, max_step_tokens: int) -> Iterator[StepSize]:
     """For each width, numbers of slices of generated tokens with and without prompts: a step for each shape there is.
 
     Generated tokens alone come twice: guided, as parts of a step that are captured one by one, and not, as a single graph.
+    The last step has a shape that was there before, and an id that a grammar forces: PyTorch's kernels take it in.
 
     Without those that more generated tokens than sequences would take: a grammar that forces many ids in one step waits for the
     capture, once.
 
     >>> [(size.num_generated, size.num_prompt_tokens) for size in step_sizes(12, 16) if size.is_guided]
-    [(0, 8), (8, 0), (7, 1), (0, 16), (12, 0), (11, 5)]
+    [(0, 8), (8, 0), (7, 1), (0, 16), (12, 0), (11, 5), (1, 0)]
     >>> [(size.num_generated, size.num_prompt_tokens) for size in step_sizes(12, 16) if not size.is_guided]
     [(8, 0), (12, 0)]
     """
@@ -39,3 +40,4 @@ def step_sizes(max_num_seqs: int, max_step_tokens: int) -> Iterator[StepSize]:
                 if num_slices(beside_prompts) == slices:
                     yield StepSize(beside_prompts, width - beside_prompts)
         narrower = width
+    yield StepSize(1, 0, num_forced=1)

@@ -17,7 +17,6 @@ from backend.engine.plan import PAGE_TOKENS, PlanRow, SlotStart, StepPlan
 from backend.engine.request import SamplingParams
 from backend.runner.cuda.runner import CudaRunner
 from backend.runner.cuda.slot_state import SlotState
-from backend.runner.cuda.staging import MAX_UPDATES
 from tests.bench.gpu.host_only_device import HostOnlyDevice
 from tests.bench.gpu.models import FP8, TOY, pages_for, runner_of
 from tests.unit.runner.crossings import Crossing, Crossings, is_noticed
@@ -32,10 +31,16 @@ def device() -> HostOnlyDevice:
     return HostOnlyDevice("meta")
 
 
+def make_runner(device: HostOnlyDevice, max_step_tokens: int) -> CudaRunner:
+    weights = allocate_weights(TOY, device.torch_device, FP8)
+    return runner_of(
+        TOY, weights, device, num_pages=64, max_num_seqs=8, max_model_len=1024, max_step_tokens=max_step_tokens
+    )
+
+
 @pytest.fixture
 def runner(device: HostOnlyDevice) -> CudaRunner:
-    weights = allocate_weights(TOY, device.torch_device, FP8)
-    return runner_of(TOY, weights, device, num_pages=64, max_num_seqs=8, max_model_len=1024, max_step_tokens=512)
+    return make_runner(device, 512)
 
 
 @pytest.fixture
@@ -94,6 +99,14 @@ def test_a_decode_step_is_a_copy_there_a_graph_and_a_copy_back(
     assert {back.num_bytes for _, back in steps} == {2 * 8 * 4}
 
 
+def test_what_a_step_moves_grows_with_its_own_width_alone(device: HostOnlyDevice, crossings: Crossings) -> None:
+    narrow, wide = (decode_steps(make_runner(device, max_step_tokens), crossings, 3) for max_step_tokens in (16, 65536))
+    assert [[crossing.num_bytes for crossing in step] for step in narrow] == [
+        [crossing.num_bytes for crossing in step] for step in wide
+    ]
+    assert narrow[1][0].num_bytes < 1024
+
+
 def test_the_host_waits_for_no_step_but_the_one_whose_result_it_wants(
     runner: CudaRunner, device: HostOnlyDevice, crossings: Crossings
 ) -> None:
@@ -132,10 +145,6 @@ def test_what_other_steps_move_is_not_waited_for_either(
         num_there,
         num_back,
     ]
-
-
-def test_more_words_than_a_copy_holds_are_too_many_bad_words() -> None:
-    assert MAX_UPDATES < 64 * 200
 
 
 def test_a_result_that_is_asked_for_too_late_is_refused(runner: CudaRunner, crossings: Crossings) -> None:

@@ -21,6 +21,7 @@ from backend.runner.memory_plan import page_bytes
 from backend.runner.warm_up import Limits, StepSize, run_steps
 from kernels.launch import Graph, Launch
 from tests.checkpoints import make_checkpoint
+from tests.unit.runner.mixed_step import mixed_step
 from tests.unit.runner.test_warm_up import IdleDevice
 
 NUM_SEQS, STEP_TOKENS, MODEL_LEN, NUM_PAGES = 40, 160, 512, 60
@@ -113,7 +114,12 @@ def test_no_step_takes_more_than_was_planned(folder: Path) -> None:
         # Whatever comes: no step needs more than one of those, so that an allocator has all that it will ever need.
         sizes = [StepSize(3, 70), StepSize(NUM_SEQS, 0), StepSize(0, STEP_TOKENS), StepSize(17, 20), StepSize(1, 0)]
         assert run_steps(runner, sizes, limits) == len(sizes)
-    assert live.most <= warm
+        assert live.most <= warm
+        before = live.most = live.now
+        step = runner.launch(mixed_step(NUM_SEQS))
+        step.draw({})
+        assert step.result().log_probs.count(None) == 1
+    assert live.most - before < 4 * config.vocab_size, "a row of logits was copied"
     planned = cuda_workspace_bytes(config, NUM_SEQS, MODEL_LEN, STEP_TOKENS)
     fixed = weight_bytes(config, FORMAT) + NUM_PAGES * page_bytes(config, 2)
     print(f"at rest {at_rest - fixed}, most {warm - fixed}, planned {planned}")

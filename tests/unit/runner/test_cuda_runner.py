@@ -61,6 +61,7 @@ class Story:
     chunks: tuple[int, ...] = ()
     num_outputs: int = 3
     params: SamplingParams = GREEDY
+    num_logprobs: int | None = 5
     num_computed: int = 0
     ids: list[int] = field(default_factory=list)
     log_probs: list[TokenLogProbs | None] = field(default_factory=list)
@@ -86,7 +87,7 @@ class Story:
             token_ids=self.prompt[start : start + size] if is_prefill else (),
             page_ids=self.pages[: -(-(start + size) // PAGE_TOKENS)],
             is_sampled=self.num_computed >= num_prompt,
-            slot_start=SlotStart(self.params, self.prompt, num_logprobs=5) if start == 0 else None,
+            slot_start=SlotStart(self.params, self.prompt, num_logprobs=self.num_logprobs) if start == 0 else None,
             num_prompt_logprobs=3 if is_prefill else None,
         )
 
@@ -128,8 +129,9 @@ def test_any_company_chunks_and_pages_give_the_same_bits(runner: CudaRunner) -> 
     alone = Story(prompt(1, 70), 0, (0, 1), params=params)
     run(runner, alone)
     mixed = Story(prompt(1, 70), 2, (9, 4), chunks=(1, 33, 30, 6), params=params)
-    others = [Story(prompt(2, 12), 0, (1,)), Story(prompt(3, 90), 3, (11, 7), chunks=(50, 40))]
+    others = [Story(prompt(2, 12), 0, (1,)), Story(prompt(3, 90), 3, (11, 7), chunks=(50, 40), num_logprobs=None)]
     run(runner, mixed, *others)
+    assert others[1].log_probs == [None] * 3
     assert len(mixed.scores) == 69
     assert_same(mixed, alone)
 

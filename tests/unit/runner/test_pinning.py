@@ -5,17 +5,25 @@ from __future__ import annotations
 import logging
 import mmap
 import threading
+import weakref
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from backend.checkpoint.model_config import ModelConfig
+from backend.checkpoint.weights import allocate_weights
 from backend.engine.plan import PageCopy
 from backend.runner import pinning
 from backend.runner.host_pages import HostPages
 from backend.runner.kv_pages import KvPages
 from backend.runner.pinning import Pinning, pinnable
-from tests.bench.gpu.models import TOY
+from backend.runner.torch_runner import TorchRunner
+from kernels.errors import LaunchError
+from tests.bench.gpu.host_only_device import HostOnlyDevice
+from tests.bench.gpu.models import FP8, TOY, runner_of
+from tests.checkpoints import make_checkpoint
 
 PIECE_BYTES = 4 * mmap.PAGESIZE
 
@@ -107,3 +115,44 @@ def test_no_copy_of_a_page_lies_in_two_pieces(monkeypatch: pytest.MonkeyPatch) -
         assert address + num_bytes <= piece + pinner.pinned[piece]
     host.close()
     assert not pinner.pinned
+
+
+class FailedDevice(HostOnlyDevice):
+    """A kernel of it has failed."""
+
+    def synchronize(self) -> None:
+        raise LaunchError("a kernel failed")
+
+
+def test_a_kernel_that_failed_leaves_nothing_pinned() -> None:
+    device = FailedDevice()
+    weights = allocate_weights(TOY, device.torch_device, FP8)
+    runner = runner_of(TOY, weights, device, num_pages=2, max_num_seqs=1, max_model_len=64, max_step_tokens=16)
+    pinner = StandIn()
+    pinner.is_open.set()
+    runner._host_pages = HostPages(TOY, 9, runner.kv, pinner)
+    kv = weakref.ref(runner.kv)
+    with pytest.raises(LaunchError, match="a kernel failed"):
+        runner.close()
+    assert not pinner.pinned
+    assert kv() is None
+
+
+def test_a_gpu_that_failed_under_torch_leaves_nothing_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = TorchRunner(
+        make_checkpoint(tmp_path), num_pages=2, max_num_seqs=1, max_model_len=64, num_threads=1, device="cpu"
+    )
+    pinner = StandIn()
+    pinner.is_open.set()
+    kv = KvPages(runner.config, 2, device=torch.device("cpu"), dtype=torch.bfloat16)
+    runner._host_pages = HostPages(runner.config, 9, kv, pinner)
+    runner._placement = replace(runner._placement, device=torch.device("cuda"))
+
+    def synchronize(device: torch.device) -> None:
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        runner.close()
+    assert not pinner.pinned
+    assert not hasattr(runner, "_transformer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -120,8 +121,8 @@ def test_nothing_is_captured_afterwards_and_results_are_as_ever(tmp_path: Path) 
     folder, device = make_checkpoint(tmp_path, **SIZES), CountingDevice(PLAIN[0])
     cold, warm = load(folder, EmulatedDevice(PLAIN[0]), 16), load(folder, device, 16)
     num_steps = warm_up(warm)
-    # A graph for each step, and a head and a draw for each width of them.
-    num_captures = num_steps + 2 * len(step_widths(MAX_NUM_SEQS))
+    # A graph for each step but the forced one, and a head and a draw for each width of them.
+    num_captures = num_steps - 1 + 2 * len(step_widths(MAX_NUM_SEQS))
     assert num_steps == len(list(step_sizes(MAX_NUM_SEQS, 16)))
     assert device.num_captures == num_captures
 
@@ -155,7 +156,8 @@ def test_each_step_has_a_shape_of_its_own_and_none_is_missing(max_num_seqs: int,
         )
         return shape_of(cast(StepTokens, tokens), max_step_tokens)
 
-    sizes = list(step_sizes(max_num_seqs, max_step_tokens))
+    *sizes, forced = step_sizes(max_num_seqs, max_step_tokens)
+    assert shape(replace(forced, num_generated=forced.num_generated + forced.num_forced)) in map(shape, sizes)
     shapes = [shape(size) for size in sizes if size.is_guided]
     assert len(set(shapes)) == len(shapes)
     # Those of generated tokens alone also as one graph, with a head and a draw as wide as the step's rows want.
@@ -205,4 +207,4 @@ def test_a_server_with_the_cuda_runner_says_where_its_start_went(
     served = make_runner(settings, lambda what, done, total: None, phases)
     assert list(phases.fields()["fields"]["phases_s"]) == ["device", "weights", "memory", "kernels", "warm-up"]
     assert set(built) == device.programs
-    assert served.description["warm_up"] == "6 steps, which come to every graph"
+    assert served.description["warm_up"] == "7 of 7 steps"
