@@ -10,6 +10,7 @@ gateway is started first, so that it can say that the models are loading, and dr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from backend.checkpoint.model_config import read_model_config
@@ -35,6 +36,7 @@ log = logging.getLogger("nemo.serve")
 DEMO_CHECKPOINT = PROJECT / "tests" / "demo" / "checkpoint"
 DEMO_QUESTION = "What is Mistral NeMo?"
 _POLL_S = 0.2
+_POLL_BEGUN_S = 0.02
 _OPENAI_HINT = """  openai:  OpenAI(base_url="{url}/v1", api_key="none").chat.completions.create(model="{model}", messages=[...])
 Page:      {url}/
 """
@@ -120,7 +122,10 @@ class Supervisor:
         if self._num_stop_signals:
             return
         with ThreadPoolExecutor(len(models)) as pool:
-            loads = [pool.submit(self._load, model) for model in models]
+            loads = []
+            for model in models:
+                loads.append(pool.submit(self._load, model))
+                self._wait_until_begun(model, loads[-1])
             while (waited := wait(loads, _POLL_S, FIRST_EXCEPTION)).not_done:
                 if self._gateway is not None:
                     self._gateway.watch()
@@ -129,6 +134,17 @@ class Supervisor:
                     break
         for load in waited.done:
             load.result()
+
+    def _wait_until_begun(self, model: str, load: Future[None]) -> None:
+        """Server 2.51 serves a connection in the HTTP thread that accepted it, and a load keeps that thread to its end.
+
+        Were the next load's connection accepted before, by the same thread, it would wait for this one.
+        """
+        while not load.done() and not self._is_stopping:
+            with contextlib.suppress(OSError, EngineFailure):
+                if self._server.api.has_begun_to_load(model):
+                    return
+            time.sleep(_POLL_BEGUN_S)
 
     def _load(self, model: str) -> None:
         started_s = time.monotonic()

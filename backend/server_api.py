@@ -50,13 +50,20 @@ class ServerApi:
         if status != 200:
             raise EngineFailure(_reason(body))
 
+    def has_begun_to_load(self, model: str) -> bool:
+        """Whether the server has taken up the load of a model."""
+        return self._states().get(model) in ("LOADING", "READY")
+
     def are_unloaded(self, models: Iterable[str]) -> bool:
         """Whether nothing of these models runs any more (while one is unloading, its running streams go on)."""
+        states = self._states()
+        return all(states.get(model) not in ("READY", "UNLOADING") for model in models)
+
+    def _states(self) -> dict[str, str]:
         status, body = self._call("POST", "/v2/repository/index", {})
         if status != 200:
             raise EngineFailure(_reason(body))
-        states = {entry["name"]: entry.get("state") for entry in json.loads(body)}
-        return all(states.get(model) not in ("READY", "UNLOADING") for model in models)
+        return {entry["name"]: entry.get("state", "") for entry in json.loads(body)}
 
     def num_executions(self) -> int:
         """How often any model was executed since the server started."""
