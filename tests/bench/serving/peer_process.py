@@ -59,9 +59,12 @@ def _measure_way(way: Way, scale: Scale, time_is_left: Callable[[], bool], say: 
         if not time_is_left():
             say(about | {"skipped": NO_TIME})
             continue
-        keep: Say = lambda cell, about=about: say(about | cell)  # type: ignore[misc]  # noqa: E731
-        measure(way, scenario, handles, scale, shares=(), time_is_left=time_is_left, keep=keep)
+        measure(way, scenario, handles, scale, shares=(), time_is_left=time_is_left, keep=_with(about, say))
     way.close()
+
+
+def _with(about: dict[str, Any], say: Say) -> Say:
+    return lambda cell: say(about | cell)
 
 
 def main(name: str, job: dict[str, Any]) -> None:
