@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,11 +22,11 @@ from backend.exposure import GrpcTls, new_admin_secret, restriction_options
 from backend.installation import PROJECT, Installation, lay_out_backends, server_environment
 from backend.logs import as_json
 from backend.server_api import ServerApi
+from backend.server_launch import RUN_DIR_VARIABLE, command_line, remove_leftovers
 from backend.settings import Settings
 
 log = logging.getLogger("nemo.serve")
 STUBS = ("preprocessing", "mistral_nemo", "postprocessing")
-_RUN_DIR_VARIABLE = "NEMO_RUN_DIR"  # read by backend/triton_adapter/presence.py
 _EXIT_TIMEOUT_S = 2
 _KILL_AFTER_S = 15.0
 _POLL_S = 0.05
@@ -39,10 +38,6 @@ _LINES_WITHOUT_GPU = (
     b"falling back to non-pinned system memory",
     b"Signal (15) received",
 )
-
-# Starts the server as a child that does not outlive the supervisor (1 is PR_SET_PDEATHSIG, 9 is SIGKILL: on SIGTERM it would
-# wait for its running streams). Its stubs see that it is gone, and clean up.
-_LAUNCH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +66,7 @@ class ServerProcess:
         self.run_folder = Path(tempfile.mkdtemp(prefix="nemo-"))
         admin_secret = new_admin_secret()
         self.api = ServerApi(ports.http, ports.metrics, admin_secret)
+        self._is_ended = False
         self._has_json_log = settings.log_format == "json"
         self._shared_memory_prefix = f"nemo_{os.getpid()}_{self.run_folder.name[-8:]}_"
         command = [
@@ -92,10 +88,10 @@ class ServerProcess:
         # A stub that wrote the bytecode of its model.py would change the model's folder, and server 2.51 would take the model for
         # a new version and load it again together with the ensemble.
         compileall.compile_dir(PROJECT / "model_repository", quiet=2)
-        variables = {"NEMO_CHECKPOINT": settings.checkpoint, _RUN_DIR_VARIABLE: str(self.run_folder)}
+        variables = {"NEMO_CHECKPOINT": settings.checkpoint, RUN_DIR_VARIABLE: str(self.run_folder)}
         environment = server_environment(installation, libpython) | variables
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _LAUNCH, *command],
+            command_line(self.run_folder, self._shared_memory_prefix, command),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -182,16 +178,14 @@ class ServerProcess:
 
     def end(self) -> None:
         """End the server, whatever state it is in, and remove its files and shared memory; does nothing the second time."""
-        if not self.run_folder.exists():
+        if self._is_ended:
             return
+        self._is_ended = True
         if self.exit_status is None:
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs while an idle client keeps its stream open
                 self._process.wait(timeout=2 * _EXIT_TIMEOUT_S)
-        self._kill_what_is_left()
-        for region in Path("/dev/shm").glob(f"{self._shared_memory_prefix}*"):
-            region.unlink(missing_ok=True)
-        shutil.rmtree(self.run_folder)
+        remove_leftovers(self.run_folder, self._shared_memory_prefix)
         self._log.join(timeout=_EXIT_TIMEOUT_S)
 
     def kill(self) -> None:
@@ -200,15 +194,6 @@ class ServerProcess:
             self._process.kill()
             self._process.wait()
         self.end()
-
-    def _kill_what_is_left(self) -> None:
-        """Kill the processes below the server; all of them, engine included, carry the run folder in their environment."""
-        mark = f"\0{_RUN_DIR_VARIABLE}={self.run_folder}\0".encode()
-        while left := [pid for pid in _process_ids() if mark in b"\0" + _environment(pid)]:
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(_POLL_S)
 
     def _pass_on_lines(self) -> None:
         """The server's and the models' log lines, less what only says that there is no GPU, or that it was told to end."""
@@ -245,18 +230,6 @@ class QuietWatch:
 
 def _has_gpu() -> bool:
     return Path("/dev/nvidiactl").exists()
-
-
-def _process_ids() -> list[int]:
-    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
-
-
-def _environment(pid: int) -> bytes:
-    """The environment a process was started with; empty for a zombie, and for one that is gone or another user's."""
-    try:
-        return Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        return b""
 
 
 def is_alive(pid: int) -> bool:

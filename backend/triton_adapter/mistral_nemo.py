@@ -18,7 +18,7 @@ from backend.settings import Settings
 from backend.triton_adapter import tensors
 from backend.triton_adapter.generation_inputs import generation_request
 from backend.triton_adapter.metrics import Metrics
-from backend.triton_adapter.presence import announce, end_with_server, num_restarts, withdraw
+from backend.triton_adapter.presence import announce, num_restarts, withdraw
 from backend.triton_adapter.request_log import log_failure
 from backend.triton_adapter.responder import Responder, Stream, make_outputs
 from backend.triton_adapter.tensors import Inputs
@@ -44,7 +44,6 @@ class MistralNemo:
         self._death: str | None = None
         self._lock = threading.Lock()
         sys.setswitchinterval(messages.SWITCH_INTERVAL_S)
-        end_with_server()
         announce("mistral_nemo")
         self._metrics = Metrics()
         self._engine = EngineProcess(self._settings, self._on_step, self._on_death)

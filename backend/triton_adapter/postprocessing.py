@@ -24,7 +24,7 @@ from backend.text.detokenizer import cut_text
 from backend.triton_adapter import tensors
 from backend.triton_adapter.chunk_window import SeenChunks
 from backend.triton_adapter.log_probs import with_bytes
-from backend.triton_adapter.presence import announce, end_with_server, withdraw
+from backend.triton_adapter.presence import announce, withdraw
 from backend.triton_adapter.stream_chunk import StreamChunk
 from backend.triton_adapter.tensors import Inputs
 
@@ -44,7 +44,6 @@ class Postprocessing:
         self._token_bytes = read_vocabulary(Path(settings.checkpoint)).token_bytes
         self._seen = SeenChunks()
         self._aborted: deque[int] = deque(maxlen=_NUM_REMEMBERED_ABORTS)
-        end_with_server()
         announce("postprocessing")
 
     def close(self) -> None:

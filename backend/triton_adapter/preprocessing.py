@@ -18,7 +18,7 @@ from backend.settings import Settings, read_model_parameters
 from backend.text.chat import ChatTemplate
 from backend.text.tokenizer import Tokenizer
 from backend.triton_adapter import tensors
-from backend.triton_adapter.presence import announce, end_with_server, withdraw
+from backend.triton_adapter.presence import announce, withdraw
 from backend.triton_adapter.request_log import log_failure
 from backend.triton_adapter.tensors import Inputs
 
@@ -36,7 +36,6 @@ class Preprocessing:
         self._tokenizer = Tokenizer(vocabulary)
         self._chat = ChatTemplate(vocabulary, self._tokenizer)
         self._input_names = ensemble_inputs(repository / "ensemble" / "config.pbtxt")
-        end_with_server()
         announce("preprocessing")
 
     def close(self) -> None:

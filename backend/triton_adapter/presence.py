@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-import time
 from pathlib import Path
 
 RUN_DIR_VARIABLE = "NEMO_RUN_DIR"
-_WATCH_PERIOD_S = 0.5
-_STUB_ENDS_WITHIN_S = 4.0
 RESTARTS_FILE = "engine_restarts"
 
 
@@ -27,18 +23,6 @@ def announce(name: str, *, pid: int | None = None, failure: str = "") -> None:
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     aside.write_text(json.dumps({"name": name, "pid": pid or os.getpid(), "failure": failure}))
     aside.rename(path)
-
-
-def end_with_server() -> None:
-    """End this stub when tritonserver is gone; it does so itself, unless it waits for an answer of the server just then."""
-
-    def watch(server_pid: int) -> None:
-        while os.getppid() == server_pid:
-            time.sleep(_WATCH_PERIOD_S)
-        time.sleep(_STUB_ENDS_WITHIN_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, args=(os.getppid(),), name="watch-server", daemon=True).start()
 
 
 def withdraw(name: str, *, pid: int | None = None) -> None:

@@ -175,7 +175,7 @@ class _Adapter:
 
         self._stack.enter_context(patch.dict("os.environ", {"NEMO_CHECKPOINT": str(folder)}))
         for module in (preprocessing, postprocessing):
-            for name in ("start_logging", "end_with_server", "announce"):
+            for name in ("start_logging", "announce"):
                 self._stack.enter_context(patch.object(module, name, lambda *_: None))
         self._tensors, self._generation_request = tensors, generation_inputs.generation_request
         self._preprocessing = preprocessing.Preprocessing(REPOSITORY)

@@ -76,17 +76,15 @@ def test_killed_part(mortal: LiveServer, name: str) -> None:
     assert len(mortal.run_folders()) == 1
 
 
-def test_killed_supervisor_takes_everything_along(start_server: StartServer) -> None:
+@pytest.mark.parametrize("stopped", [(), STUBS], ids=["", "beside stubs that cannot end themselves"])
+def test_killed_supervisor_takes_everything_along(start_server: StartServer, stopped: tuple[str, ...]) -> None:
     server = start_server()
     with running(server, max_tokens=3000) as answers:
+        for stub in [server.pid_of(name) for name in stopped]:
+            os.kill(stub, signal.SIGSTOP)
         server.process.kill()
         assert server.process.wait(timeout=NOTICED_TIMEOUT_S) == -signal.SIGKILL
-        # Files and shared memory may stay: nobody is left to remove them.
-        wait_until(
-            lambda: not server.pids(),
-            NOTICED_TIMEOUT_S,
-            lambda: f"alive: {[command_line(pid) for pid in server.pids()]}",
-        )
+        server.assert_nothing_left(NOTICED_TIMEOUT_S)
         assert len(wait(answers, timeout=NOTICED_TIMEOUT_S).done) == len(answers), "a request was not answered"
 
 
