@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from backend.engine.events import STEP_TIME_BOUNDS_S, EngineStats, FailureKind, RequestFailed
+from backend.engine.events import STEP_TIME_BOUNDS_S, EngineStats, Event, FailureKind, RequestFailed
 from backend.engine.plan import StepPlan
 from backend.engine.request import GenerationRequest, GuideSpec
-from backend.engine.scheduler import Event, Scheduler
+from backend.engine.scheduler import Scheduler
 from backend.engine.sequence import Guide
 from backend.errors import QueueFull, RequestError
 from backend.runner.model_runner import InFlightStep, ModelRunner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 
 import msgspec
@@ -64,6 +65,24 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return TextCut(self.text_ids, self.text_skip_bytes, self.text_take_bytes)
 
 
+class PlainTokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """TokenEvents as columns: what most sequences have to say in most steps, one id whose text of so many bytes goes out with it.
+
+    Each is of the only sequence of its request, in the middle of it, without log-probabilities.
+    """
+
+    handles: list[int]
+    token_ids: list[int]
+    num_bytes: list[int]
+
+    def events(self) -> list[TokenEvent]:
+        """One by one."""
+        return [
+            TokenEvent(handle, 0, (token_id,), (token_id,), 0, num_bytes, False, None)
+            for handle, token_id, num_bytes in zip(self.handles, self.token_ids, self.num_bytes, strict=True)
+        ]
+
+
 class FailureKind(StrEnum):
     """Which error of backend.errors a failed request is answered with."""
 
@@ -80,6 +99,18 @@ class RequestFailed(msgspec.Struct, frozen=True, array_like=True, gc=False):
     handle: int
     kind: FailureKind
     message: str
+
+
+SingleEvent = TokenEvent | RequestFailed
+Event = SingleEvent | PlainTokens
+
+
+def one_by_one(events: Iterable[Event]) -> list[SingleEvent]:
+    """The same events without columns."""
+    singles: list[SingleEvent] = []
+    for event in events:
+        singles += event.events() if isinstance(event, PlainTokens) else (event,)
+    return singles
 
 
 STEP_TIME_BOUNDS_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0)

@@ -84,6 +84,9 @@ class KvMemory:
             return True
         if num_missing > self.pool.num_available and not self._make_room(num_missing, lower):
             return False
+        if holder.table.num_swapped == 0:
+            holder.table.extend(self.pool.allocate(num_missing))
+            return True
         for index in holder.table.swapped_entries():
             page_id = self.pool.allocate(1)[0]
             host_page = holder.table.swap_in(index, page_id)

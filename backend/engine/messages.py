@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 
 import msgspec
 
-from backend.engine.events import EngineStats, RequestFailed, TokenEvent
+from backend.engine.events import EngineStats, Event, PlainTokens, RequestFailed, TokenEvent
 from backend.engine.request import GenerationRequest
 from backend.settings import Settings
 
@@ -75,9 +75,24 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
 class Step(msgspec.Struct, frozen=True, tag=True):
     """Everything one turn of the loop has to say, for all sequences at once."""
 
-    tokens: tuple[TokenEvent, ...]
+    singles: tuple[TokenEvent, ...]
     failed: tuple[RequestFailed, ...]
     stats: EngineStats
+    plain: PlainTokens | None = None
+
+    @classmethod
+    def of(cls, events: list[Event], stats: EngineStats) -> Step:
+        """The events of one turn, which commits one step at most."""
+        plain = [event for event in events if isinstance(event, PlainTokens)]
+        assert len(plain) <= 1, f"{len(plain)} steps were committed in one turn"
+        singles = tuple([event for event in events if isinstance(event, TokenEvent)])
+        failed = tuple([event for event in events if isinstance(event, RequestFailed)])
+        return cls(singles, failed, stats, plain[0] if plain else None)
+
+    @property
+    def tokens(self) -> list[TokenEvent]:
+        """All events with tokens: `singles`, and those of `plain` one by one."""
+        return [*self.singles, *(() if self.plain is None else self.plain.events())]
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):

@@ -12,12 +12,10 @@ import threading
 import time
 from collections import OrderedDict, deque
 from multiprocessing.connection import Connection
-from typing import cast
 
 from backend.engine import messages
-from backend.engine.events import EngineStats, RequestFailed, TokenEvent
+from backend.engine.events import EngineStats, Event, RequestFailed, TokenEvent
 from backend.engine.joined_event import JoinedEvent
-from backend.engine.scheduler import Event
 
 _STATS_PERIOD_S = 0.1
 MOST_EVENTS = 512
@@ -152,9 +150,7 @@ class Outbox:
         if not events and not is_news:
             return
         self._last_stats, self._last_stats_s = stats, now_s
-        failed = tuple([event for event in events if isinstance(event, RequestFailed)])
-        tokens = [event for event in events if isinstance(event, TokenEvent)] if failed else events
-        self.put(messages.Step(tuple(cast(list[TokenEvent], tokens)), failed, stats))
+        self.put(messages.Step.of(events, stats))
 
     def close(self) -> None:
         """Write what is queued, then end the thread."""

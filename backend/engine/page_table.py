@@ -58,7 +58,11 @@ class PageTable:
     def extend(self, page_ids: list[int]) -> None:
         """Add entries behind the last one."""
         self._device += page_ids
-        self._note_change()
+        if self._host:
+            self._note_change()
+        else:  # the common way, and a table may have thousands of entries
+            self.page_ids += tuple(page_ids)
+            self.num_ready_tokens = len(self.page_ids) * PAGE_TOKENS
 
     def swap_out(self, index: int, host_page: int) -> int:
         """Entry `index` lies on the host from now on; returns the device page it had."""

@@ -7,9 +7,12 @@ no id at all: the id sampled in the step before is still on the device when this
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from backend.engine.request import SamplingParams
 
@@ -75,23 +78,64 @@ class PlanRow(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         return self.token_ids[len(self.token_ids) - self.num_forced :] if self.num_forced else ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class SteadyRows:
+    """Decode rows as columns: in each of `slots` [n] INT32 the id drawn last runs at `starts` [n] INT32, and the next is drawn.
+
+    `page_ids` as in PlanRow. `slots` and `page_ids` are the same objects from step to step, until anything of them changes.
+    """
+
+    slots: npt.NDArray[np.int32]
+    starts: npt.NDArray[np.int32]
+    page_ids: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.page_ids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SteadyRows) and self.rows() == other.rows()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def row(self, index: int) -> PlanRow:
+        """One of them by itself."""
+        return PlanRow(int(self.slots[index]), int(self.starts[index]), 1, (), self.page_ids[index], True)
+
+    def rows(self) -> tuple[PlanRow, ...]:
+        """All of them one by one."""
+        columns = zip(self.slots.tolist(), self.starts.tolist(), self.page_ids, strict=True)
+        return tuple([PlanRow(slot, start, 1, (), page_ids, True) for slot, start, page_ids in columns])
+
+
+_NOBODY = SteadyRows(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32), ())
+
+
+@dataclass(frozen=True)
 class StepPlan:
-    """One step: the copies in order, then decode rows first, then prefill chunks. `step` counts from 0."""
+    """One step: the copies in order, then decode rows first, then prefill chunks. `step` counts from 0.
+
+    Its rows are those of `steady`, then `single_rows`; `rows` has all of them one by one, for whoever has the time.
+    """
 
     step: int
-    rows: tuple[PlanRow, ...]
+    single_rows: tuple[PlanRow, ...]
     copies: tuple[PageCopy, ...] = ()
+    steady: SteadyRows = field(default_factory=lambda: _NOBODY)
+
+    @cached_property
+    def rows(self) -> tuple[PlanRow, ...]:
+        """All rows, in their order."""
+        return (*self.steady.rows(), *self.single_rows)
 
     @property
     def needs_masks(self) -> bool:
         """Whether a draw of this step depends on a grammar, and so on the ids of the step before."""
-        return any(row.is_guided and row.is_sampled for row in self.rows)
+        return any(row.is_guided and row.is_sampled for row in self.single_rows)
 
     @property
     def num_tokens(self) -> int:
         """Tokens in the step (shape letter T)."""
-        return sum([row.num_tokens for row in self.rows])
+        return len(self.steady) + sum([row.num_tokens for row in self.single_rows])
 
 
 class TokenLogProbs(msgspec.Struct, frozen=True, array_like=True):

@@ -22,11 +22,11 @@ from typing import BinaryIO
 import msgspec
 
 from backend.checkpoint.vocabulary import read_vocabulary
-from backend.engine.events import FailureKind
+from backend.engine.events import Event, FailureKind
 from backend.engine.guide import GuideCompiler
 from backend.engine.plan import StepPlan, StepResult
 from backend.engine.request import GenerationRequest, GuideSpec
-from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
+from backend.engine.scheduler import Scheduler, SchedulerLimits
 from backend.engine.sequence import Guide, Mask
 from backend.errors import NemoError, QueueFull
 
@@ -269,8 +269,11 @@ def read_frames(file: BinaryIO) -> Iterator[Frame]:
 
 
 def digest_of(plan: StepPlan | None) -> bytes:
-    """Of everything in a plan; empty for none."""
-    return b"" if plan is None else hashlib.blake2b(msgspec.msgpack.encode(plan), digest_size=_DIGEST_BYTES).digest()
+    """Of everything in a plan but the order of its rows; empty for none."""
+    if plan is None:
+        return b""
+    everything = plan.step, sorted(plan.rows, key=lambda row: row.slot), plan.copies
+    return hashlib.blake2b(msgspec.msgpack.encode(everything), digest_size=_DIGEST_BYTES).digest()
 
 
 def vocabulary_digest(token_bytes: Sequence[bytes]) -> bytes:

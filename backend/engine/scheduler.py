@@ -1,4 +1,4 @@
-"""Decides which tokens of which sequence run in a step, and what their results mean. Pure Python: no torch, no Triton.
+"""Decides which tokens of which sequence run in a step, and what their results mean. No torch, no Triton.
 
 A step is planned before the result of the one before is known. So a sequence may turn out to have ended while its next
 token is already in flight: `commit` drops that token, and slot and pages are given back only when nothing is in flight.
@@ -9,24 +9,24 @@ pages of lower-ranked ones out to the host (kv_memory.py), never the other way r
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from itertools import repeat
 
-from backend.engine.events import EngineStats, FailureKind, FinishReason, RequestFailed, TokenEvent
+from backend.engine.events import EngineStats, Event, FailureKind, FinishReason, RequestFailed, TokenEvent
 from backend.engine.kv_memory import KvMemory
 from backend.engine.plan import PAGE_TOKENS, PlanRow, StepPlan, StepResult, TokenLogProbs
 from backend.engine.request import GenerationRequest, num_pages_for
 from backend.engine.sequence import Guide, Mask, Phase, RequestGroup, Sequence, rank_of
+from backend.engine.steady import LateRow, SteadySequences, in_planned_order
 from backend.engine.text_stream import TokenTexts
 from backend.engine.waiting_queue import WaitingQueue
 from backend.errors import RequestError
 
 _NEVER_NS = 2**63 - 1
 _NO_BOUND = 2**63 - 1
-Event = TokenEvent | RequestFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +61,16 @@ class Scheduler:
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._waiting = WaitingQueue(limits.max_queued_requests, limits.max_queued_tokens)
         self._running: list[Sequence] = []
+        self._steady = SteadySequences(limits.max_num_seqs, self._texts.lengths_alone)
+        self._watched: list[Sequence] = []  # those of `_running` that are not steady; both in the order of ranks
+        # A page for each sequence that decodes, and of a prompt those that its tokens fill and touch.
+        self._most_pages_a_step = limits.max_step_tokens // PAGE_TOKENS + 2 * limits.max_num_seqs
         self._by_slot: dict[int, Sequence] = {}
         self._groups: dict[int, RequestGroup] = {}
         self._next_deadline_ns = _NEVER_NS
         self._num_running_requests = 0
         self._failures: list[Event] = []
         self._num_accepted = 0
-        self._num_steps = 0
         self._num_planned_tokens = 0
         self._num_preempted = 0
 
@@ -174,46 +177,56 @@ class Scheduler:
         Memory is given out in the order of ranks before that, so a sequence only ever takes pages of those behind it, which
         have no row in this step yet.
         """
+        for sequence in self._steady.take_due():
+            if not self._turn_page(sequence):
+                self._leave(sequence)
         self._admit_waiting(now_ns)
         decodes: list[PlanRow] = []
         prefills: list[PlanRow] = []
-        # As `can_decode` says; this is asked hundreds of times a step.
-        is_decoding = [
-            sequence.num_planned_tokens < sequence.decode_end and sequence.group.num_unsent < sequence.group.most_unsent
-            for sequence in self._running
-        ]
-        budget = self.limits.max_step_tokens - sum(is_decoding)
-        for position, sequence in enumerate(self._running):
-            if is_decoding[position]:
+        joined: list[Sequence] = []
+        budget = self.limits.max_step_tokens - len(self._steady) - sum([each.can_decode for each in self._watched])
+        # NOTE: who loses pages in this loop ranks behind the sequence that takes them, and is inserted there if it was steady.
+        for sequence in self._watched:
+            if sequence.can_decode:
                 if sequence.guide is not None:
                     known_ids = sequence.known_ids(1 + budget)
-                    if self._make_ready(sequence, position, sequence.num_planned_tokens + (len(known_ids) or 1)):
+                    if self._make_ready(sequence, sequence.num_planned_tokens + (len(known_ids) or 1)):
                         decodes.append(sequence.guided_row(known_ids))
                         budget -= decodes[-1].num_forced
                 elif sequence.num_planned_tokens < sequence.table.num_ready_tokens or self._make_ready(
-                    sequence, position, sequence.num_planned_tokens + 1
+                    sequence, sequence.num_planned_tokens + 1
                 ):
-                    decodes.append(sequence.decode_row())
+                    if self._steady.join(sequence):
+                        joined.append(sequence)
+                    else:
+                        decodes.append(sequence.decode_row())
             elif sequence.phase is Phase.PREFILL and budget:
                 end = min(sequence.num_planned_tokens + budget, sequence.num_prompt_tokens)
-                if self._make_ready(sequence, position, end):
+                if self._make_ready(sequence, end):
                     prefills.append(sequence.prefill_row(end))
                     budget -= prefills[-1].num_tokens
-        if not decodes and not prefills:
+        for sequence in joined:
+            del self._watched[bisect_left(self._watched, sequence.rank, key=rank_of)]
+        if not decodes and not prefills and not self._steady:
             return None
-        self._num_steps += 1
-        plan = StepPlan(self._num_steps - 1, (*decodes, *prefills), self._memory.take_copies())
+        plan = StepPlan(
+            self._steady.num_planned, (*decodes, *prefills), self._memory.take_copies(), self._steady.plan()
+        )
         self._num_planned_tokens += plan.num_tokens
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult, now_ns: int) -> list[Event]:
         """Take over the ids of a finished step."""
         events, self._failures = self._failures, []
-        drawn = iter(result.token_ids)
-        log_probs = iter(result.log_probs or repeat(None))
+        num_steady = len(plan.steady)
+        late = self._commit_steady(plan, result, now_ns, events)
+        rows: Iterable[PlanRow] = plan.single_rows
+        drawn, log_probs = iter(result.token_ids[num_steady:]), iter(result.log_probs[num_steady:] or repeat(None))
+        if late:
+            rows, drawn, log_probs = in_planned_order(late, rows, drawn, log_probs, self._by_slot)
         prompt_log_probs = iter(result.prompt_log_probs)
-        by_slot, finished = self._by_slot, Phase.FINISHED
-        for row in plan.rows:
+        by_slot, finished, lengths_alone = self._by_slot, Phase.FINISHED, self._texts.lengths_alone
+        for row in rows:
             sequence = by_slot[row.slot]
             sequence.num_in_flight -= 1
             num_tokens = row.num_tokens
@@ -228,9 +241,9 @@ class Scheduler:
                 if sequence.guide is not None:
                     events += self._append_guided(sequence, row, token_id, log_prob, now_ns)
                 elif sequence.phase is not finished:
-                    events.append(event := sequence.append(token_id, log_prob, now_ns))
-                    if event.finish is not None:
-                        self._forget_if_finished(sequence.group)
+                    if not lengths_alone[token_id] and sequence in self._steady:  # it was drawn before it was steady
+                        self._leave(sequence)
+                    events.append(self._append(sequence, token_id, log_prob, now_ns))
             elif end == sequence.num_prompt_tokens and sequence.phase is not finished:  # it was only to be scored
                 events.append(sequence.finish_score(now_ns))
                 self._forget_if_finished(sequence.group)
@@ -241,13 +254,39 @@ class Scheduler:
         assert next(drawn, None) is None, "more ids than sampled rows"
         return events
 
+    def _commit_steady(self, plan: StepPlan, result: StepResult, now_ns: int, events: list[Event]) -> list[LateRow]:
+        """Take over the ids of steady rows; those that must be looked at one by one come back, and are not steady any more."""
+        committed = self._steady.commit(plan.steady, result.token_ids[: len(plan.steady)], now_ns)
+        for sequence in committed.left:
+            insort(self._watched, sequence, key=rank_of)
+        if committed.plain is not None:
+            events.append(committed.plain)
+        for sequence, end in committed.full:
+            if sequence.kv.may_write_cache:
+                self._steady.catch_up(sequence)
+                self._name_full_pages(sequence, end)
+        return committed.late
+
+    def _turn_page(self, sequence: Sequence) -> bool:
+        """Let a steady sequence that is due go on with its next page, if there are so many that nobody must wait for his turn."""
+        if self._memory.has_swapped or self._memory.pool.num_available < self._most_pages_a_step:
+            return False
+        return self._memory.prepare(sequence.kv, self._steady.position(sequence) + 1, ()) and self._steady.stay(
+            sequence
+        )
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Let every step look at a sequence that was steady."""
+        self._steady.leave(sequence)
+        insort(self._watched, sequence, key=rank_of)
+
     def masks(self, plan: StepPlan) -> dict[int, Mask]:
         """What the guided rows of a launched step may draw, by slot. Called once, after the step before was committed.
 
         A grammar may prove too complex only here: its request fails alone, and `commit` of the step says so.
         """
         masks = {}
-        for row in plan.rows:
+        for row in plan.single_rows:
             sequence = self._by_slot[row.slot]
             if row.is_guided and row.is_sampled and sequence.phase is not Phase.FINISHED:
                 assert sequence.guide is not None
@@ -267,7 +306,7 @@ class Scheduler:
             num_pages=self.limits.num_pages,
             num_pages_held=self._memory.pool.num_referenced,
             num_pages_cached=self._memory.pool.num_cached,
-            num_steps=self._num_steps,
+            num_steps=self._steady.num_planned,
             num_planned_tokens=self._num_planned_tokens,
             num_prefix_queried_tokens=self._memory.prefixes.num_queried_tokens,
             num_prefix_hit_tokens=self._memory.prefixes.num_hit_tokens,
@@ -280,6 +319,7 @@ class Scheduler:
         self._memory.check_integrity([sequence.kv for sequence in self._running])
         assert len(self._free_slots) + len(self._running) == self.limits.max_num_seqs, "a slot was lost"
         assert self._running == sorted(self._running, key=rank_of), "running sequences are out of order"
+        assert len(self._watched) + len(self._steady) == len(self._running), "a sequence is neither watched nor steady"
         assert all(group.num_unfinished > 0 for group in self._groups.values()), "a finished request is still listed"
         num_running = len({sequence.request.handle for sequence in self._running})
         assert num_running == self._num_running_requests, "running requests were miscounted"
@@ -288,27 +328,30 @@ class Scheduler:
             lost = [group for group in self._groups.values() if group.is_ready]
             assert not lost, f"{len(lost)} requests are listed but nothing runs or waits"
 
-    def _make_ready(self, sequence: Sequence, position: int, num_tokens: int) -> bool:
-        """Bring a sequence's pages for its first `num_tokens` tokens onto the device; `position` is its place in the order."""
+    def _make_ready(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Bring a sequence's pages for its first `num_tokens` tokens onto the device; who loses some is not steady then."""
         if num_tokens <= sequence.kv.table.num_ready_tokens or self._memory.prepare(sequence.kv, num_tokens, ()):
             return True
-        lower = self._running[position + 1 :]
+        lower = self._running[bisect_right(self._running, sequence.rank, key=rank_of) :]
         num_swapped = [other.kv.table.num_swapped for other in lower]
         is_ready = self._memory.prepare(sequence.kv, num_tokens, [other.kv for other in lower])
         self._num_preempted += sum(
             not before and other.kv.table.num_swapped > 0 for before, other in zip(num_swapped, lower, strict=True)
         )
+        for other in lower:
+            if other.kv.table.num_swapped and other in self._steady:
+                self._leave(other)
         return is_ready
 
     def _admit_waiting(self, now_ns: int) -> None:
         """Admit in the order of ranks, as long as the step is not full with what runs already."""
         if not self._waiting or not self._can_admit(self._waiting.first):
             return
-        num_tokens = sum(map(_num_wanted_tokens, self._running))
+        num_tokens = len(self._steady) + sum([each.num_wanted_tokens for each in self._watched])
         while self._waiting and num_tokens < self.limits.max_step_tokens and self._can_admit(self._waiting.first):
             sequence = self._waiting.pop_first()
             self._admit(sequence, now_ns)
-            num_tokens += _num_wanted_tokens(sequence)
+            num_tokens += sequence.num_wanted_tokens
 
     def _can_admit(self, sequence: Sequence) -> bool:
         """Whether there is a slot, a promise, and memory: room for the prompt, or sequences behind it to push out.
@@ -333,6 +376,7 @@ class Scheduler:
         sequence.phase = Phase.PREFILL
         sequence.first_scheduled_time_ns = now_ns
         insort(self._running, sequence, key=rank_of)
+        insort(self._watched, sequence, key=rank_of)
         self._num_running_requests += sequence.group.num_running == 0
         sequence.group.num_running += 1
 
@@ -379,6 +423,8 @@ class Scheduler:
         for sequence in group.sequences:
             if sequence.phase is Phase.FINISHED:
                 continue
+            if sequence in self._steady:
+                self._leave(sequence)
             if sequence.phase is Phase.WAITING:
                 self._waiting.remove(sequence)
             events.append(sequence.end(reason))
@@ -389,6 +435,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
+        self._watched.remove(sequence)
         del self._by_slot[sequence.slot]
         self._memory.release(sequence.kv)
         self._free_slots.append(sequence.slot)
@@ -401,10 +448,3 @@ class Scheduler:
         if group.num_unfinished == 0:
             del self._groups[group.request.handle]
             group.let_go()
-
-
-def _num_wanted_tokens(sequence: Sequence) -> int:
-    """Tokens a sequence would run if a step had no bound."""
-    if sequence.phase is Phase.PREFILL:
-        return sequence.num_prompt_tokens - sequence.num_planned_tokens
-    return sequence.can_decode

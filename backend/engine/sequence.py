@@ -104,6 +104,26 @@ class Sequence:
         return self.num_planned_tokens < self.decode_end and self.group.num_unsent < self.group.most_unsent
 
     @property
+    def num_wanted_tokens(self) -> int:
+        """Tokens it would run if a step had no bound."""
+        if self.phase is Phase.PREFILL:
+            return self.num_prompt_tokens - self.num_planned_tokens
+        return self.can_decode
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it decodes and each id that comes with text of its own is told at once, as it is and alone, until the last."""
+        request = self.request
+        return (
+            self.phase is Phase.DECODE
+            and self.guide is None
+            and self.is_text_free
+            and request.num_logprobs is None
+            and request.num_return_sequences == 1
+            and not self.group.ending_ids_with_text
+        )
+
+    @property
     def num_draws_in_flight(self) -> int:
         """Output ids that steps in flight will give, forced ones included."""
         return self.request.max_tokens - (self.decode_end - self.num_planned_tokens) - len(self.output_ids)

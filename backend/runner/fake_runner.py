@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from backend.engine.plan import StepPlan, StepResult
 from backend.runner.model_runner import Mask
+
+_NUM_CHARACTERS = 95
+Number = TypeVar("Number", int, npt.NDArray[Any])
 
 
 class FakeStep:
@@ -57,28 +64,28 @@ class FakeRunner:
         self._first_id = first_id
         self._free_at_s = 0.0
         self.idle_s = 0.0
-        self._seeds = [0] * max_num_seqs
+        self._seeds: npt.NDArray[Any] = np.zeros(max_num_seqs, dtype=np.int64)
 
-    def token_at(self, seed: int, position: int) -> int:
-        """The id drawn behind `position` (0-based position of the last token that ran)."""
-        return self._first_id + 32 + (seed * 31 + position * 7) % 95
+    def token_at(self, seed: Number, position: Number) -> Number:
+        """The id drawn behind `position` (0-based position of the last token that ran); of many, when they are arrays."""
+        return self._first_id + 32 + (seed * 31 + position * 7) % _NUM_CHARACTERS
 
     def launch(self, plan: StepPlan) -> FakeStep:
         """Plan the end of the step behind that of the one before."""
-        for row in plan.rows:
+        for row in plan.single_rows:
             if row.slot_start is not None:
-                self._seeds[row.slot] = row.slot_start.sampling.seed
+                self._seeds[row.slot] = row.slot_start.sampling.seed % _NUM_CHARACTERS
         now_s = time.monotonic()
         if self._free_at_s:
             self.idle_s += max(0.0, now_s - self._free_at_s)
         self._free_at_s = max(self._free_at_s, now_s) + self._step_time_s
-        seeds, first_id = self._seeds, self._first_id + 32
-        # As `token_at` says, in one expression: the host is measured in front of this device.
-        ids = [
-            first_id + (seeds[row.slot] * 31 + (row.start + row.num_tokens - 1) * 7) % 95
-            for row in plan.rows
-            if row.is_sampled
-        ]
+        # As `token_at` says, for all at once: the host is measured in front of this device.
+        steady = plan.steady
+        starts: npt.NDArray[Any] = steady.starts
+        ids: list[int] = self.token_at(self._seeds[steady.slots], starts).tolist()
+        for row in plan.single_rows:
+            if row.is_sampled:
+                ids.append(self.token_at(int(self._seeds[row.slot]), row.start + row.num_tokens - 1))
         return FakeStep(self._free_at_s, StepResult(tuple(ids)))
 
     def describe(self) -> dict[str, str]:

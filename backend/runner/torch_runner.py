@@ -157,7 +157,7 @@ class TorchRunner:
         self._check(plan)
         with torch.inference_mode():
             self._host_pages.run(plan.copies)
-            for row in plan.rows:
+            for row in plan.single_rows:
                 if row.slot_start is not None:
                     self._sampler.start(row.slot, row.slot_start)
                     self._prompts[row.slot] = row.slot_start.prompt_token_ids

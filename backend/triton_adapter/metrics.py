@@ -144,7 +144,7 @@ class Metrics:
         """Take over what a step ended, and how busy the engine is after it."""
         with self._lock:
             self._stats = step.stats
-            for event in step.tokens:
+            for event in step.singles:  # nobody ends in columns
                 if event.finish is not None:
                     self._observe_finish(event.finish, is_request_end=event.is_request_end)
 

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -186,7 +186,7 @@ class Responder:
         with self._changed:
             self._streams.pop(stream.request.handle, None)
 
-    def add(self, events: tuple[TokenEvent, ...]) -> None:
+    def add(self, events: Iterable[TokenEvent]) -> None:
         """Take over the tokens of a step."""
         with self._changed:
             for event in events:

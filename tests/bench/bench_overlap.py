@@ -31,10 +31,10 @@ from pathlib import Path
 
 from backend.engine import messages
 from backend.engine.engine import Engine
-from backend.engine.events import EngineStats, TokenEvent
+from backend.engine.events import EngineStats, Event, TokenEvent
 from backend.engine.plan import PAGE_TOKENS
 from backend.engine.request import GenerationRequest
-from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
+from backend.engine.scheduler import Scheduler, SchedulerLimits
 from backend.settings import Settings
 from tests.bench.conditions import conditions, write_results
 from tests.bench.paced_runner import PacedRunner

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 import msgspec
 
 from backend.engine import messages
-from backend.engine.events import RequestFailed, TokenEvent
+from backend.engine.events import Event, TokenEvent
 from backend.engine.plan import StepPlan
 from backend.engine.request import GenerationRequest, SamplingParams
-from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
+from backend.engine.scheduler import Scheduler, SchedulerLimits
 from backend.runner.fake_runner import FakeRunner, FakeStep
 from tests.bench.conditions import conditions, write_results
 from tests.bench.tables import scheduler_table
@@ -63,9 +63,7 @@ class Load:
             events += self._scheduler.commit(self._in_flight[0], self._in_flight[1].result(), time.monotonic_ns())
         marks.append(time.perf_counter_ns())
         stats = self._scheduler.stats()
-        tokens = tuple(event for event in events if isinstance(event, TokenEvent))
-        failed = tuple(event for event in events if isinstance(event, RequestFailed))
-        msgspec.msgpack.encode(messages.Step(tokens, failed, stats))
+        msgspec.msgpack.encode(messages.Step.of(events, stats))
         marks.append(time.perf_counter_ns())
         self._in_flight = launched
         self._replace_finished(events)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from backend.engine.events import FinishReason, RequestFailed
+from backend.engine.events import Event, FinishReason, RequestFailed, one_by_one
 from backend.engine.plan import StepPlan, TokenLogProbs
-from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
+from backend.engine.scheduler import Scheduler, SchedulerLimits
 from backend.runner.model_runner import InFlightStep, Mask, ModelRunner
 from tests.engine.device import EOS_ID
 from tests.engine.grammar import compile_places
@@ -74,7 +74,7 @@ class Served:
         self.scheduler.check_integrity()
 
     def _record(self, events: list[Event]) -> None:
-        for event in events:
+        for event in one_by_one(events):
             if isinstance(event, RequestFailed):
                 self.failed.add(event.handle)
                 continue

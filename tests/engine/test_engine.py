@@ -14,10 +14,20 @@ import numpy as np
 import pytest
 
 from backend.engine.engine import CompileGuide, Engine
-from backend.engine.events import STEP_TIME_BOUNDS_S, EngineStats, FailureKind, FinishReason, RequestFailed, TokenEvent
+from backend.engine.events import (
+    STEP_TIME_BOUNDS_S,
+    EngineStats,
+    Event,
+    FailureKind,
+    FinishReason,
+    RequestFailed,
+    SingleEvent,
+    TokenEvent,
+    one_by_one,
+)
 from backend.engine.plan import StepPlan, StepResult
 from backend.engine.request import GenerationRequest, GuideSpec, SamplingParams
-from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
+from backend.engine.scheduler import Scheduler, SchedulerLimits
 from backend.engine.sequence import Guide
 from backend.errors import RequestError
 from backend.runner.fake_runner import FakeRunner
@@ -50,14 +60,14 @@ class Recorder:
     """What the loop emitted, and a way to wait for it."""
 
     def __init__(self) -> None:
-        self.events: list[Event] = []
+        self.events: list[SingleEvent] = []
         self.stats: list[EngineStats] = []
         self.threads: set[str] = set()
         self._changed = threading.Condition()
 
     def emit(self, events: list[Event], stats: EngineStats) -> None:
         with self._changed:
-            self.events += events
+            self.events += one_by_one(events)
             self.stats.append(stats)
             self.threads.add(threading.current_thread().name)
             self._changed.notify_all()
@@ -69,7 +79,7 @@ class Recorder:
     def wait_for_more(self, handle: int, num_before: int) -> None:
         self.wait_for(lambda: len(self.of(handle)) > num_before)
 
-    def of(self, handle: int) -> list[Event]:
+    def of(self, handle: int) -> list[SingleEvent]:
         return [event for event in self.events if event.handle == handle]
 
     def is_ended(self, handle: int) -> bool:
@@ -161,12 +171,14 @@ class RecordedStep:
         return StepResult((FIRST_ID,) * self._num_ids)
 
 
-def run_to_the_end(runner: Any, request: GenerationRequest, compile_guide: CompileGuide | None = None) -> list[Event]:
+def run_to_the_end(
+    runner: Any, request: GenerationRequest, compile_guide: CompileGuide | None = None
+) -> list[SingleEvent]:
     """Run in this thread; the last event stops the loop."""
-    emitted: list[Event] = []
+    emitted: list[SingleEvent] = []
 
     def emit(events: list[Event], stats: EngineStats) -> None:
-        emitted.extend(events)
+        emitted.extend(one_by_one(events))
         if not stats.num_pages_held and emitted:
             engine.stop()
 

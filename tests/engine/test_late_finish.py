@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from backend.engine.engine import Engine
-from backend.engine.events import EngineStats, FinishReason, TokenEvent
+from backend.engine.events import EngineStats, Event, FinishReason, TokenEvent, one_by_one
 from backend.engine.plan import StepPlan, StepResult
-from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
+from backend.engine.scheduler import Scheduler, SchedulerLimits
 from backend.runner.fake_runner import FakeRunner
 from backend.runner.model_runner import InFlightStep, Mask
 from tests.engine.test_engine import EOS, FIRST_ID, TOKEN_BYTES, ask
@@ -93,7 +93,7 @@ class Run:
         return self
 
     def _emit(self, events: list[Event], stats: EngineStats) -> None:
-        for event in events:
+        for event in one_by_one(events):
             assert isinstance(event, TokenEvent), "both have tokens"
             self.events[event.handle].append(event)
             if event.handle == 1 and len(self.events[1]) == self.num_ids:

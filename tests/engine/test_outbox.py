@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from backend.engine import messages
 from backend.engine.engine import Engine
-from backend.engine.events import EngineStats, FailureKind, RequestFailed, TokenEvent
+from backend.engine.events import EngineStats, Event, FailureKind, RequestFailed, TokenEvent
 from backend.engine.outbox import MOST_EVENTS, MessageQueue, Outbox
 from backend.engine.plan import TokenLogProbs
 from backend.engine.request import GenerationRequest, SamplingParams
-from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
+from backend.engine.scheduler import Scheduler, SchedulerLimits
 from backend.runner.fake_runner import FakeRunner
 from tests.engine.text_oracle import decode_cut
 from tests.unit.test_pending import TOKEN_BYTES, make_events

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from backend.engine.events import FailureKind, FinishReason, RequestFailed, TokenEvent
+from backend.engine.events import Event, FailureKind, FinishReason, RequestFailed, SingleEvent, TokenEvent, one_by_one
 from backend.engine.plan import StepPlan, StepResult, TokenLogProbs
 from backend.engine.request import GenerationRequest
-from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
+from backend.engine.scheduler import Scheduler, SchedulerLimits
 from backend.errors import QueueFull
 
 TOKEN_BYTES = (b"", b"", b"a", b"b", b"\xc3", b"\xa9")
@@ -34,15 +35,15 @@ def shape(plan: StepPlan | None) -> list[tuple[str, int, int]]:
     return [("decode" if row.is_decode else "prefill", row.start, row.num_tokens) for row in plan.rows]
 
 
-def step(scheduler: Scheduler, token_id: int = A, now_ns: int = 1) -> tuple[StepPlan, list[Event]]:
+def step(scheduler: Scheduler, token_id: int = A, now_ns: int = 1) -> tuple[StepPlan, list[SingleEvent]]:
     """Plan and commit at once, every row drawing the same id."""
     plan = scheduler.plan(now_ns)
     assert plan is not None
     result = StepResult((token_id,) * sum(row.is_sampled for row in plan.rows))
-    return plan, scheduler.commit(plan, result, now_ns)
+    return plan, one_by_one(scheduler.commit(plan, result, now_ns))
 
 
-def only(events: list[Event]) -> TokenEvent:
+def only(events: Sequence[Event]) -> TokenEvent:
     (event,) = events
     assert isinstance(event, TokenEvent)
     return event

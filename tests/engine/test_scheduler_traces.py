@@ -21,6 +21,8 @@ from tests.engine.trace import Abort, AbortAll, AbortRequestId, Add, Order, Pass
 
 MAX_REQUESTS = 10
 MIN_PAGES = 4
+AMPLE_PAGES = 256
+"""More than all requests of a trace can have: nobody waits for a page, and none is ever taken for something else."""
 MOST_COMPILE_TURNS = 3
 NUM_EXAMPLES = 200
 ROOMY = SchedulerLimits(num_pages=16, max_num_seqs=4, max_step_tokens=1000, max_queued_requests=4)
@@ -66,7 +68,7 @@ def request_fields(draw: st.DrawFn) -> dict[str, Any]:
 def limits_of_traces(draw: st.DrawFn) -> SchedulerLimits:
     max_num_seqs = draw(st.integers(1, 5))
     return SchedulerLimits(
-        num_pages=draw(st.integers(MIN_PAGES, 9)),
+        num_pages=draw(st.one_of(st.integers(MIN_PAGES, 9), st.just(AMPLE_PAGES))),
         num_host_pages=draw(st.sampled_from([0, 2, 5, 12])),
         max_num_seqs=max_num_seqs,
         max_step_tokens=max_num_seqs + draw(st.sampled_from([0, 1, 7, 60, 300])),

@@ -7,10 +7,19 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from backend.engine.events import FailureKind, Finish, FinishReason, RequestFailed, TokenEvent
+from backend.engine.events import (
+    Event,
+    FailureKind,
+    Finish,
+    FinishReason,
+    RequestFailed,
+    SingleEvent,
+    TokenEvent,
+    one_by_one,
+)
 from backend.engine.plan import PAGE_TOKENS, StepPlan
 from backend.engine.request import GenerationRequest
-from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
+from backend.engine.scheduler import Scheduler, SchedulerLimits
 from backend.errors import QueueFull
 from tests.engine.device import EOS_ID, TOKEN_BYTES, Device, DeviceStep
 from tests.engine.grammar import compile_places
@@ -53,7 +62,7 @@ class Pass(NamedTuple):
 Order = Add | Abort | AbortRequestId | AbortAll | Pass
 
 
-def _is_deadline(event: Event) -> bool:
+def _is_deadline(event: SingleEvent) -> bool:
     if isinstance(event, RequestFailed):
         return event.kind is FailureKind.DEADLINE
     return event.finish is not None and event.finish.reason is FinishReason.DEADLINE
@@ -72,7 +81,7 @@ class Trace:
         self.plans: list[StepPlan] = []
         self.requests: dict[int, GenerationRequest] = {}
         self.arrivals_ns: dict[int, int] = {}
-        self.events: dict[int, list[Event]] = {}
+        self.events: dict[int, list[SingleEvent]] = {}
         self.aborted: set[int] = set()
         self.unsent: Counter[int] = Counter()
         self.now_ns = 1_000_000_000
@@ -203,7 +212,7 @@ class Trace:
                 self._record(self.scheduler.give_guide(handle, compile_places(guide)))
 
     def _record(self, events: list[Event]) -> None:
-        for event in events:
+        for event in one_by_one(events):
             assert not self.is_ended(event.handle), "nothing comes behind the end of a request"
             if _is_deadline(event):
                 assert self._deadline_ns(event.handle) <= self.now_ns, "ended before its deadline"

@@ -51,9 +51,9 @@ DIRECTIONS = (
     Direction(
         importers=("backend/engine/scheduler.py",),
         only=("backend.engine", "backend.errors"),
-        never=("backend.engine.engine", "backend.engine.process", "torch", "numpy", "tritonclient", "tiktoken"),
+        never=("backend.engine.engine", "backend.engine.process", "torch", "tritonclient", "tiktoken"),
         through=True,
-        remedy="the scheduler is pure Python and knows sequences, plans and pages only: pass the value in",
+        remedy="the scheduler is Python and NumPy and knows sequences, plans and pages only: pass the value in",
     ),
     Direction(
         importers=("*",),

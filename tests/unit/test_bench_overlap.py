@@ -38,7 +38,7 @@ def test_what_a_device_waited_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = PacedRunner(num_pages=1, max_num_seqs=1, step_time_s=0.01)
     for step, (launched, computed) in enumerate(zip(launched_ms, computed_ms, strict=True)):
         now_s, cpu_s = 100 + launched / 1000, computed / 1000
-        runner.launch(StepPlan(step, rows=()))
+        runner.launch(StepPlan(step, single_rows=()))
     assert runner.summary(1) == {
         "steps": 4,
         "step_ms": 12.5,

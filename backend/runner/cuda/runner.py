@@ -212,16 +212,16 @@ class CudaRunner:
         assert self._last_step is None or self._last_step.is_drawn, "the step before was not drawn"
         with torch.inference_mode():
             self._host_pages.run(plan.copies)
-            for row in plan.rows:
+            for row in plan.single_rows:
                 if row.slot_start is not None:
                     self._state.start(row.slot, row.slot_start)
                     self._prompts[row.slot] = row.slot_start.prompt_token_ids
                 if row.num_forced:
                     self._state.force(row.slot, to_device(self._device, row.forced_ids))
-            self._state.set_pages(plan.rows)
+            self._state.set_pages(plan)
             tokens = lay_out(plan, self._prompts)
             shape = shape_of(tokens, self.max_step_tokens)
-            guided = [row.slot for row in plan.rows if row.is_guided and row.is_sampled]
+            guided = [row.slot for row in plan.single_rows if row.is_guided and row.is_sampled]
             is_one_graph = tokens.are_all_sampled and not tokens.chunks and not guided
             draw = self._draw_of(tokens, guided, is_launched=is_one_graph)
             memory = self._staging.begin()
@@ -235,7 +235,7 @@ class CudaRunner:
                 if draw.slots:
                     self._graphs.replay(head)
             scores = self._score(plan, tokens, self._transformer.hidden(shape))
-        self._last_step = CudaStep(self, plan.rows, draw, memory, scores)
+        self._last_step = CudaStep(self, plan.single_rows, draw, memory, scores)
         return self._last_step
 
     def draw(self, draw: StepDraw, memory: StepMemory, masks: Mapping[int, Mask]) -> Drawn:
@@ -323,7 +323,7 @@ class CudaRunner:
     def _score(self, plan: StepPlan, tokens: StepTokens, hidden: LinearInput) -> tuple[list[TokenScores], ...]:
         if not tokens.scored:
             return ()
-        asking = [row for row in plan.rows if row.num_prompt_logprobs is not None]
+        asking = [row for row in plan.single_rows if row.num_prompt_logprobs is not None]
         return tuple(
             self._drawer.score(
                 hidden,

@@ -6,14 +6,13 @@ and `kernels.scatter` puts them there at the beginning of the next step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from backend.engine.plan import PlanRow, SlotStart
+from backend.engine.plan import SlotStart, StepPlan
 from backend.engine.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from backend.runner.cuda.carving import Fields, carve, first_words, num_words
 from kernels.sample import IN_PROMPT
@@ -64,6 +63,7 @@ class SlotState:
         self._dtypes = {name: _NUMPY_DTYPES[dtype] for name, (dtype, _) in fields.items()}
         self.num_tops = np.full(num_slots, -1, dtype=np.int64)
         self._known_pages: list[tuple[int, ...]] = [()] * num_slots
+        self._steady_pages: tuple[tuple[int, ...], ...] = ()
         self._places: list[npt.NDArray[np.int64]] = []
         self._values: list[Int32Array] = []
 
@@ -101,17 +101,17 @@ class SlotState:
             ids = np.unique(np.array(start.prompt_token_ids, dtype=np.int64))
             self._put(self._place("histories", slot) + ids, np.full(len(ids), IN_PROMPT, dtype=np.int32))
 
-    def set_pages(self, rows: Iterable[PlanRow]) -> None:
-        """Where the tokens of the rows' sequences lie; only what has changed is sent."""
-        known_pages = self._known_pages
-        for row in rows:
-            known, page_ids = known_pages[row.slot], row.page_ids
-            if page_ids is known:
-                continue
-            first = len(known) if page_ids[: len(known)] == known else 0
-            place = self._place("page_tables", row.slot)
-            self._put(np.arange(place + first, place + len(page_ids)), np.array(page_ids[first:], dtype=np.int32))
-            known_pages[row.slot] = page_ids
+    def set_pages(self, plan: StepPlan) -> None:
+        """Where the tokens of the plan's sequences lie; only what has changed is sent."""
+        known_pages, steady = self._known_pages, plan.steady
+        if steady.page_ids is not self._steady_pages:
+            self._steady_pages = steady.page_ids
+            for slot, page_ids in zip(steady.slots.tolist(), steady.page_ids, strict=True):
+                if page_ids is not known_pages[slot]:
+                    self._set_pages(slot, page_ids)
+        for row in plan.single_rows:
+            if row.page_ids is not known_pages[row.slot]:
+                self._set_pages(row.slot, row.page_ids)
 
     def take_updates(self) -> Int32Array:
         """[n, 2], place and value of each word of `memory` that has changed since the last call; a place comes once."""
@@ -128,6 +128,13 @@ class SlotState:
         recent = self.tensors["recent_ids"][slot]
         recent.copy_(torch.cat((recent, token_ids))[len(token_ids) :].clone())
         self.tensors["histories"][slot].index_add_(0, token_ids.long(), torch.ones_like(token_ids))
+
+    def _set_pages(self, slot: int, page_ids: tuple[int, ...]) -> None:
+        known = self._known_pages[slot]
+        first = len(known) if page_ids[: len(known)] == known else 0
+        place = self._place("page_tables", slot)
+        self._put(np.arange(place + first, place + len(page_ids)), np.array(page_ids[first:], dtype=np.int32))
+        self._known_pages[slot] = page_ids
 
     def _set(self, name: str, slot: int, values: npt.ArrayLike) -> None:
         words = np.asarray(values, dtype=self._dtypes[name]).reshape(-1).view(np.int32)

@@ -61,36 +61,40 @@ class StepTokens:
 
 def lay_out(plan: StepPlan, prompts: list[tuple[int, ...]]) -> StepTokens:
     """Put a plan's tokens side by side; `prompts`: of each slot."""
-    rows = plan.rows
-    # NOTE: lists, then arrays of them: there are hundreds of rows, and writing an array number by number is slow.
-    row_slots = np.array([row.slot for row in rows], dtype=np.int32)
-    starts = np.array([row.start for row in rows], dtype=np.int32)
-    sizes = np.array([row.num_tokens for row in rows], dtype=np.int32)
+    rows, steady = plan.single_rows, plan.steady
+    if not rows:
+        places = np.arange(len(steady), dtype=np.int32)
+        return StepTokens(-1 - steady.slots, steady.slots, steady.starts, len(steady), (), places, steady.slots, ())
+    num_steady = len(steady)
+    # NOTE: lists, then arrays of them: there may be hundreds of rows, and writing an array number by number is slow.
+    row_slots = np.concatenate((steady.slots, np.array([row.slot for row in rows], dtype=np.int32)))
+    starts = np.concatenate((steady.starts, np.array([row.start for row in rows], dtype=np.int32)))
+    sizes = np.array([1] * num_steady + [row.num_tokens for row in rows], dtype=np.int32)
     ends = sizes.cumsum(dtype=np.int32)
     firsts = ends - sizes
     # What a token is decides which kernel computes its attention, so it must follow from its sequence alone.
-    is_prompt = starts < np.array([len(prompts[row.slot]) for row in rows], dtype=np.int32)
-    num_generated_rows = len(rows) - int(is_prompt.sum())
+    is_prompt = starts < np.array([0] * num_steady + [len(prompts[row.slot]) for row in rows], dtype=np.int32)
+    num_generated_rows = len(starts) - int(is_prompt.sum())
     assert not is_prompt[:num_generated_rows].any(), "generated tokens come before those of prompts"
     slots = row_slots.repeat(sizes)
     token_ids = -1 - slots
-    for index, row in enumerate(rows):
+    for index, row in enumerate(rows, num_steady):
         if row.token_ids:
             token_ids[firsts[index] : ends[index]] = row.token_ids
     positions = np.arange(len(slots), dtype=np.int32) + np.subtract(starts, firsts).repeat(sizes)
-    sampled_rows = np.flatnonzero([row.is_sampled for row in rows])
+    sampled_rows = np.flatnonzero([True] * num_steady + [row.is_sampled for row in rows])
     return StepTokens(
         token_ids,
         slots,
         positions,
         int(ends[num_generated_rows - 1]) if num_generated_rows else 0,
-        tuple([Chunk(row.slot, row.start, row.num_tokens) for row in rows[num_generated_rows:]]),
+        tuple([Chunk(row.slot, row.start, row.num_tokens) for row in rows[num_generated_rows - num_steady :]]),
         ends[sampled_rows] - np.int32(1),
         row_slots[sampled_rows],
         tuple(
             [
                 range(first, first + _num_scored(row, prompts[row.slot]))
-                for row, first in zip(rows, firsts.tolist(), strict=True)
+                for row, first in zip(rows, firsts[num_steady:].tolist(), strict=True)
                 if row.num_prompt_logprobs is not None
             ]
         ),

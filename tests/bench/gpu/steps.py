@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from backend.engine.plan import PlanRow, SlotStart, StepPlan, StepResult
+from backend.engine.plan import PlanRow, SlotStart, SteadyRows, StepPlan, StepResult
 from backend.engine.request import SamplingParams
 from backend.runner.cuda.runner import CudaRunner
 from kernels.errors import CheckError
@@ -44,9 +45,10 @@ class Decoding:
         order = torch.randperm(runner.num_pages, generator=torch.Generator().manual_seed(0)).tolist()
         size = pages_for(cell.context + num_steps)
         slots = range(first_slot, first_slot + cell.batch)
-        self._pages = {slot: tuple(order[slot * size : (slot + 1) * size]) for slot in slots}
-        assert all(len(pages) == size for pages in self._pages.values()), "too few pages for this cell"
-        self._given: dict[int, tuple[int, ...]] = {}
+        self._slots = np.array(slots, dtype=np.int32)
+        self._pages = [tuple(order[slot * size : (slot + 1) * size]) for slot in slots]
+        assert all(len(pages) == size for pages in self._pages), "too few pages for this cell"
+        self._given: tuple[tuple[int, ...], ...] = ()
         self._num_given = 0
         self._step = 0
 
@@ -59,21 +61,25 @@ class Decoding:
     def next_plan(self) -> StepPlan:
         """The step behind the last one."""
         start = self._context - 1 + self._step
-        begin = SlotStart(SamplingParams(), (1,), num_logprobs=self._num_logprobs) if self._step == 0 else None
+        step, pages = self._step, self._pages_until(start)
+        self._step += 1
+        if step and self._num_logprobs is None:  # as the engine plans them
+            starts = np.full(len(pages), start, dtype=np.int32)
+            return StepPlan(step, (), steady=SteadyRows(self._slots, starts, pages))
+        begin = SlotStart(SamplingParams(), (1,), num_logprobs=self._num_logprobs) if step == 0 else None
         rows = tuple(
             # The first id is given, as if it had been forced: nothing was drawn in the slot yet.
-            PlanRow(slot, start, 1, (2 + slot,) if self._step == 0 else (), pages, True, begin)
-            for slot, pages in self._pages_until(start).items()
+            PlanRow(slot, start, 1, (2 + slot,) if step == 0 else (), page_ids, True, begin)
+            for slot, page_ids in zip(self._slots.tolist(), pages, strict=True)
         )
-        self._step += 1
-        return StepPlan(self._step - 1, rows)
+        return StepPlan(step, rows)
 
-    def _pages_until(self, position: int) -> dict[int, tuple[int, ...]]:
-        """By slot. The same tuples until a page is added, as the engine has them."""
+    def _pages_until(self, position: int) -> tuple[tuple[int, ...], ...]:
+        """Of each slot. The same tuples until a page is added, as the engine has them."""
         num_pages = pages_for(position + 1)
         if num_pages != self._num_given:
             self._num_given = num_pages
-            self._given = {slot: pages[:num_pages] for slot, pages in self._pages.items()}
+            self._given = tuple(pages[:num_pages] for pages in self._pages)
         return self._given
 
 

@@ -13,9 +13,9 @@ from backend.checkpoint.model_config import ModelConfig
 from backend.engine import messages
 from backend.engine.engine import Engine
 from backend.engine.engine_process import EngineProcess
-from backend.engine.events import EngineStats, FailureKind, TokenEvent
+from backend.engine.events import EngineStats, Event, FailureKind
 from backend.engine.request import GenerationRequest, SamplingParams
-from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
+from backend.engine.scheduler import Scheduler, SchedulerLimits
 from backend.settings import Settings
 from kernels.launch import Device
 from tests.bench.gpu.models import pages_for, random_runner
@@ -123,9 +123,7 @@ def emulated_engine(config: ModelConfig, device: Device, settings: dict[str, str
         limits = SchedulerLimits(**sizes, max_queued_requests=max_num_seqs, caches_outputs=runner.caches_outputs)
 
         def emit(events: list[Event], stats: EngineStats) -> None:
-            tokens = tuple(event for event in events if isinstance(event, TokenEvent))
-            failed = tuple(event for event in events if not isinstance(event, TokenEvent))
-            on_step(messages.Step(tokens, failed, stats))
+            on_step(messages.Step.of(events, stats))
 
         token_bytes = tuple(bytes([number % 256]) for number in range(config.vocab_size))
         engine = Engine(Scheduler(limits, token_bytes, eos_id=2), runner, emit)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from backend.engine.engine import Engine
-from backend.engine.events import EngineStats, TokenEvent
+from backend.engine.events import EngineStats, Event, TokenEvent, one_by_one
 from backend.engine.request import GenerationRequest
-from backend.engine.scheduler import Event, Scheduler, SchedulerLimits
+from backend.engine.scheduler import Scheduler, SchedulerLimits
 from backend.runner.cuda.runner import CudaRunner
 from backend.runner.torch_runner import TorchRunner
 from tests.checkpoints import make_checkpoint
@@ -110,7 +110,7 @@ def answers(runner: CudaRunner | TorchRunner, prompts: Sequence[tuple[int, ...]]
 
     def take(events: list[Event], stats: EngineStats) -> None:
         nonlocal num_running
-        for event in events:
+        for event in one_by_one(events):
             assert isinstance(event, TokenEvent), event
             ids[event.handle] += event.token_ids
             if event.is_request_end:

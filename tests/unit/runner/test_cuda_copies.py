@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from backend.checkpoint.weights import allocate_weights
-from backend.engine.plan import PAGE_TOKENS, PlanRow, SlotStart, StepPlan
+from backend.engine.plan import PAGE_TOKENS, PlanRow, SlotStart, SteadyRows, StepPlan
 from backend.engine.request import SamplingParams
 from backend.runner.cuda.runner import CudaRunner
 from backend.runner.cuda.slot_state import SlotState
@@ -66,13 +66,17 @@ def run(runner: CudaRunner, *rows: PlanRow, masks: dict[int, Any] | None = None)
 
 def decode_steps(runner: CudaRunner, crossings: Crossings, num_steps: int) -> list[list[Crossing]]:
     """What each step moves, when the next one is launched before the last one's result is asked for."""
-    slots = range(NUM_ROWS)
+    slots, page_ids = np.arange(NUM_ROWS, dtype=np.int32), tuple[tuple[int, ...], ...]()
     with crossings:
-        run(runner, *(begin(slot, FIRST_POSITION) for slot in slots))
+        run(runner, *(begin(slot, FIRST_POSITION) for slot in slots.tolist()))
         found, pending = [], None
         for index in range(num_steps):
             crossings.seen.clear()
-            step = runner.launch(StepPlan(index, tuple(row(slot, FIRST_POSITION + 1 + index) for slot in slots)))
+            start = FIRST_POSITION + 1 + index
+            new_ids = tuple(row(slot, start).page_ids for slot in slots.tolist())
+            page_ids = page_ids if new_ids == page_ids else new_ids
+            columns = SteadyRows(slots, np.full(NUM_ROWS, start, dtype=np.int32), page_ids)
+            step = runner.launch(StepPlan(index, (), steady=columns))
             step.draw({})
             if pending is not None:
                 pending.result()
@@ -201,8 +205,8 @@ def test_page_ids_through_pageable_memory_are_noticed(
 ) -> None:
     """A mistake, planted: a copy of its own for each slot that has a new page."""
 
-    def set_pages(state: SlotState, rows: tuple[PlanRow, ...]) -> None:
-        for row in rows:
+    def set_pages(state: SlotState, plan: StepPlan) -> None:
+        for row in plan.rows:
             if len(row.page_ids) * PAGE_TOKENS > FIRST_POSITION + PAGE_TOKENS:
                 page_ids = torch.tensor(row.page_ids, dtype=torch.int32)
                 state.page_tables[row.slot, : len(page_ids)] = page_ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,12 @@ import pytest
 import torch
 
 from backend.checkpoint import weight_loader
-from backend.engine.plan import PAGE_TOKENS, PageCopy, PlanRow, SlotStart, StepPlan, TokenLogProbs
+from backend.engine.plan import PAGE_TOKENS, PageCopy, PlanRow, SlotStart, SteadyRows, StepPlan, TokenLogProbs
 from backend.engine.request import MAX_BAD_WORD_TOKENS, SamplingParams
 from backend.errors import ConfigError, EngineFailure
 from backend.runner.cuda.runner import CudaRunner
 from backend.runner.cuda.staging import MAX_UPDATES
-from backend.runner.cuda.step_tokens import lay_out
+from backend.runner.cuda.step_tokens import StepTokens, lay_out
 from backend.runner.model_runner import ModelRunner
 from kernels.prefill_attention import Chunk
 from tests.checkpoints import TinyConfig, make_checkpoint, random_tensors, write_shards
@@ -244,3 +245,27 @@ def test_tokens_of_a_plan() -> None:
     assert tokens.sampled_slots.tolist() == [3, 0, 1]
     assert not tokens.are_all_sampled
     assert tokens.scored == (range(3, 32), range(33, 34))
+
+
+@pytest.mark.parametrize("num_others", [0, 4])
+def test_steady_rows_are_rows(num_others: int) -> None:
+    """Columns give the same tokens as the rows they stand for."""
+    steady = SteadyRows(np.array([4, 5], dtype=np.int32), np.array([70, 3], dtype=np.int32), ((1, 2), (0,)))
+    others = (
+        PlanRow(3, 40, 1, (), (0,), True),
+        PlanRow(0, 8, 2, (5, 6), (4,), True, num_forced=1),
+        PlanRow(1, 100, 30, tuple(range(100, 130)), (1, 2, 3), True, num_prompt_logprobs=0),
+        PlanRow(2, 0, 1, (9,), (4,), False, num_prompt_logprobs=2),
+    )[:num_others]
+    prompts: list[tuple[int, ...]] = [(1, 2), tuple(range(130)), (9, 9), (), (1,) * 70, (1,) * 3]
+    columns, rows = (
+        lay_out(StepPlan(0, others, steady=steady), prompts),
+        lay_out(StepPlan(0, (*steady.rows(), *others)), prompts),
+    )
+    for each in dataclasses.fields(StepTokens):
+        found, expected = getattr(columns, each.name), getattr(rows, each.name)
+        if isinstance(expected, np.ndarray):
+            assert found.dtype == expected.dtype == np.int32
+            assert found.tolist() == expected.tolist(), each.name
+        else:
+            assert found == expected, each.name

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from backend.engine.plan import PlanRow, SlotStart
+from backend.engine.plan import PlanRow, SlotStart, SteadyRows, StepPlan
 from backend.engine.request import SamplingParams
 from backend.runner.cuda.slot_state import SlotState
 from kernels.sample import COUNTS, IN_PROMPT, INTEGERS, REALS
@@ -33,15 +34,28 @@ def row(slot: int, *page_ids: int) -> PlanRow:
 
 def test_only_pages_that_have_changed_are_sent() -> None:
     state = make_state()
-    state.set_pages([row(1, 7, 5), row(2, 9)])
+    state.set_pages(StepPlan(0, (row(1, 7, 5), row(2, 9))))
     assert [value for _, value in send(state)] == [7, 5, 9]
-    state.set_pages([row(1, 7, 5, 3), row(2, 9)])
+    state.set_pages(StepPlan(0, (row(1, 7, 5, 3), row(2, 9))))
     assert [value for _, value in send(state)] == [3]
-    state.set_pages([row(1, 7, 5, 3), row(2, 9)])
+    state.set_pages(StepPlan(0, (row(1, 7, 5, 3), row(2, 9))))
     assert send(state) == []
-    state.set_pages([row(1, 7, 6), row(2, 8)])
+    state.set_pages(StepPlan(0, (row(1, 7, 6), row(2, 8))))
     assert [value for _, value in send(state)] == [7, 6, 8]
     assert state.page_tables.tolist() == [[0, 0, 0, 0], [7, 6, 3, 0], [8, 0, 0, 0]]
+
+
+def test_pages_of_steady_rows_are_looked_at_when_their_columns_are_others() -> None:
+    state = make_state()
+    slots, starts = np.array([1, 2], dtype=np.int32), np.array([63, 5], dtype=np.int32)
+    steady = SteadyRows(slots, starts, ((7,), (9,)))
+    state.set_pages(StepPlan(0, (row(0, 4),), steady=steady))
+    assert [value for _, value in send(state)] == [7, 9, 4]
+    state.set_pages(StepPlan(1, (row(0, 4, 3),), steady=SteadyRows(slots, starts + 1, steady.page_ids)))
+    assert [value for _, value in send(state)] == [3]
+    state.set_pages(StepPlan(2, (), steady=SteadyRows(slots, starts + 2, ((7, 8), steady.page_ids[1]))))
+    assert [value for _, value in send(state)] == [8]
+    assert state.page_tables.tolist() == [[4, 3, 0, 0], [7, 8, 0, 0], [9, 0, 0, 0]]
 
 
 def test_a_start_brings_parameters_lists_and_the_prompt() -> None:
