@@ -107,7 +107,7 @@ class SteadyRows:
         return tuple([PlanRow(slot, start, 1, (), page_ids, True) for slot, start, page_ids in columns])
 
 
-_NOBODY = SteadyRows(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32), ())
+NO_STEADY_ROWS = SteadyRows(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32), ())
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class StepPlan:
     step: int
     single_rows: tuple[PlanRow, ...]
     copies: tuple[PageCopy, ...] = ()
-    steady: SteadyRows = field(default_factory=lambda: _NOBODY)
+    steady: SteadyRows = field(default_factory=lambda: NO_STEADY_ROWS)
 
     @cached_property
     def rows(self) -> tuple[PlanRow, ...]:

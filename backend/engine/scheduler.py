@@ -34,6 +34,7 @@ class SchedulerLimits:
     """Bounds of a step, of memory, of the queue and of what a stream may be ahead of its client.
 
     0 means none for `default_deadline_ms`, `max_queued_tokens` and `max_unsent_tokens`.
+    `steady_from`: so many sequences must run before columns of them (steady.py) cost less than looking at each.
     `caches_outputs`: pages with generated tokens are found by prompts too; the runner's `caches_outputs` says where that may be.
     """
 
@@ -47,6 +48,7 @@ class SchedulerLimits:
     has_prefix_cache: bool = True
     max_unsent_tokens: int = 0
     caches_outputs: bool = True
+    steady_from: int = 64
 
 
 class Scheduler:
@@ -172,18 +174,15 @@ class Scheduler:
     def plan(self, now_ns: int) -> StepPlan | None:
         """The next step, or None when nothing can run: decodes first, then prefill chunks.
 
-        A stream that is far ahead of its client pauses, with everything it has, until `note_sent`.
-
-        Memory is given out in the order of ranks before that, so a sequence only ever takes pages of those behind it, which
-        have no row in this step yet.
+        A stream that is far ahead of its client pauses, with everything it has, until `note_sent`. Memory is given out in the
+        order of ranks before that, so a sequence only ever takes pages of those behind it, which have no row in this step yet.
         """
+        is_steadiness_worth_it = len(self._running) >= self.limits.steady_from
         for sequence in self._steady.take_due():
-            if not self._turn_page(sequence):
+            if not (is_steadiness_worth_it and self._turn_page(sequence)):
                 self._leave(sequence)
         self._admit_waiting(now_ns)
-        decodes: list[PlanRow] = []
-        prefills: list[PlanRow] = []
-        joined: list[Sequence] = []
+        decodes, prefills, joined = list[PlanRow](), list[PlanRow](), list[Sequence]()
         budget = self.limits.max_step_tokens - len(self._steady) - sum([each.can_decode for each in self._watched])
         # NOTE: who loses pages in this loop ranks behind the sequence that takes them, and is inserted there if it was steady.
         for sequence in self._watched:
@@ -196,7 +195,7 @@ class Scheduler:
                 elif sequence.num_planned_tokens < sequence.table.num_ready_tokens or self._make_ready(
                     sequence, sequence.num_planned_tokens + 1
                 ):
-                    if self._steady.join(sequence):
+                    if is_steadiness_worth_it and self._steady.join(sequence):
                         joined.append(sequence)
                     else:
                         decodes.append(sequence.decode_row())

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backend.engine.events import PlainTokens
-from backend.engine.plan import PAGE_TOKENS, PlanRow, SteadyRows, TokenLogProbs
+from backend.engine.plan import NO_STEADY_ROWS, PAGE_TOKENS, PlanRow, SteadyRows, TokenLogProbs
 from backend.engine.sequence import Sequence
 
 _LEAST_STEPS = 4
@@ -40,6 +40,9 @@ class CommittedRows(NamedTuple):
     late: list[LateRow]
     left: list[Sequence]
     full: list[tuple[Sequence, int]]
+
+
+_NOTHING = CommittedRows(None, [], [], [])
 
 
 class SteadySequences:
@@ -162,6 +165,9 @@ class SteadySequences:
     def plan(self) -> SteadyRows:
         """Their rows in the next step, which is planned herewith."""
         num_rows = len(self._sequences)
+        if not num_rows:
+            self.num_planned += 1
+            return NO_STEADY_ROWS
         if self._are_changed:
             self._planned_slots, self._planned_page_ids = self._slots[:num_rows].copy(), tuple(self._page_ids)
             self._are_changed = False
@@ -171,6 +177,9 @@ class SteadySequences:
 
     def commit(self, rows: SteadyRows, token_ids: tuple[int, ...], now_ns: int) -> CommittedRows:
         """Take over the ids of a step's steady rows; every step, also one without such rows."""
+        if not token_ids:
+            self._num_committed += 1
+            return _NOTHING
         slots, ids = rows.slots, np.array(token_ids, dtype=np.int32)
         num_bytes = self._lengths_alone[ids]
         are_here = self._since[slots] <= self._num_committed

@@ -82,7 +82,7 @@ class FakeRunner:
         # As `token_at` says, for all at once: the host is measured in front of this device.
         steady = plan.steady
         starts: npt.NDArray[Any] = steady.starts
-        ids: list[int] = self.token_at(self._seeds[steady.slots], starts).tolist()
+        ids: list[int] = self.token_at(self._seeds[steady.slots], starts).tolist() if len(steady) else []
         for row in plan.single_rows:
             if row.is_sampled:
                 ids.append(self.token_at(int(self._seeds[row.slot]), row.start + row.num_tokens - 1))

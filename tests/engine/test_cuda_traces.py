@@ -40,8 +40,8 @@ LIMITS: dict[str, Any] = {
     "max_model_len": 4 * PAGE_TOKENS,
 }
 DTYPES = {"weight_dtype": "bf16", "kv_dtype": "bf16"}
-ROOMY = SchedulerLimits(NUM_PAGES, NUM_SLOTS, 300, 8)
-TIGHT = SchedulerLimits(5, NUM_SLOTS, 150, 8, num_host_pages=NUM_HOST_PAGES)
+ROOMY = SchedulerLimits(NUM_PAGES, NUM_SLOTS, 300, 8, steady_from=1)
+TIGHT = SchedulerLimits(5, NUM_SLOTS, 150, 8, num_host_pages=NUM_HOST_PAGES, steady_from=1)
 BASE = tuple((7 * number + number % 5) % VOCAB_SIZE for number in range(140))
 
 REQUESTS = (

@@ -36,7 +36,7 @@ from backend.runner.model_runner import Mask
 TOKEN_BYTES = (b"",) * 3 + tuple(bytes([byte]) for byte in range(256))
 FIRST_ID = 3
 EOS = 2
-LIMITS = SchedulerLimits(num_pages=64, max_num_seqs=4, max_step_tokens=64, max_queued_requests=8)
+LIMITS = SchedulerLimits(num_pages=64, max_num_seqs=4, max_step_tokens=64, max_queued_requests=8, steady_from=1)
 TIMEOUT_S = 20.0
 GUIDE = GuideSpec("regex", "a")
 

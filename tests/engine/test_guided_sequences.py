@@ -15,7 +15,7 @@ from tests.engine.device import EOS_ID
 from tests.engine.grammar import PlacesGuide, PlacesMatcher, guide_spec
 from tests.engine.trace import Add, Trace
 
-LIMITS = SchedulerLimits(num_pages=16, max_num_seqs=4, max_step_tokens=64, max_queued_requests=8)
+LIMITS = SchedulerLimits(num_pages=16, max_num_seqs=4, max_step_tokens=64, max_queued_requests=8, steady_from=1)
 FORCED = "2,3 =4 =5 =6 =7 8,9 =10 =11 2,3"
 
 

@@ -20,7 +20,7 @@ STEP_S = 0.002
 NUM_IDS = 5
 """So many the first request gets, when it ends by what it drew."""
 DEADLINE_MS = 60_000
-ONE_PLACE = SchedulerLimits(num_pages=1, max_num_seqs=1, max_step_tokens=64, max_queued_requests=4)
+ONE_PLACE = SchedulerLimits(num_pages=1, max_num_seqs=1, max_step_tokens=64, max_queued_requests=4, steady_from=1)
 DEVICE = FakeRunner(num_pages=1, max_num_seqs=1, first_id=FIRST_ID)
 IDS = {handle: [DEVICE.token_at(handle, position) for position in range(40)] for handle in (1, 2)}
 

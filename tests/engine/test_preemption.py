@@ -14,7 +14,13 @@ from tests.engine.device import VOCAB_SIZE
 from tests.engine.trace import Abort, Add, Order, Pass, Trace
 
 LIMITS = SchedulerLimits(
-    num_pages=4, num_host_pages=12, max_num_seqs=4, max_step_tokens=80, max_queued_requests=64, has_prefix_cache=False
+    num_pages=4,
+    num_host_pages=12,
+    max_num_seqs=4,
+    max_step_tokens=80,
+    max_queued_requests=64,
+    has_prefix_cache=False,
+    steady_from=1,
 )
 
 

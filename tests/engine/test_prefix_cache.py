@@ -14,7 +14,7 @@ from backend.engine.scheduler import SchedulerLimits
 from tests.engine.device import VOCAB_SIZE
 from tests.engine.trace import Abort, Add, Trace
 
-LIMITS = SchedulerLimits(num_pages=16, max_num_seqs=4, max_step_tokens=400, max_queued_requests=8)
+LIMITS = SchedulerLimits(num_pages=16, max_num_seqs=4, max_step_tokens=400, max_queued_requests=8, steady_from=1)
 PROMPT = tuple(number * 3 % VOCAB_SIZE for number in range(200))
 
 

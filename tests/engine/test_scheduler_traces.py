@@ -77,6 +77,7 @@ def limits_of_traces(draw: st.DrawFn) -> SchedulerLimits:
         default_deadline_ms=draw(st.sampled_from([0, 0, 20])),
         has_prefix_cache=draw(st.sampled_from([True, True, False])),
         max_unsent_tokens=draw(st.sampled_from([0, 0, 1, 5])),
+        steady_from=draw(st.sampled_from([1, 1, 3])),
     )
 
 
@@ -185,6 +186,7 @@ def random_load(seed: int) -> tuple[SchedulerLimits, list[list[Order]]]:
         max_queued_requests=30,
         has_prefix_cache=chance.random() < 0.8,
         max_unsent_tokens=chance.choice([0, 0, 8]),
+        steady_from=1,
     )
     bases = [tuple(chance.choices(range(VOCAB_SIZE), k=220)) for _ in range(3)]
     turns: list[list[Order]] = []

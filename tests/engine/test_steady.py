@@ -20,7 +20,7 @@ from tests.engine.trace import Order, Trace
 
 TOKEN_BYTES = (b"", b"", b"a", b"b", b"\xc3", b"\xa9")
 CONTROL, EOS, A, B, LEAD, TAIL = range(6)
-AMPLE = SchedulerLimits(num_pages=64, max_num_seqs=4, max_step_tokens=256, max_queued_requests=8)
+AMPLE = SchedulerLimits(num_pages=64, max_num_seqs=4, max_step_tokens=256, max_queued_requests=8, steady_from=1)
 SCARCE = dataclasses.replace(AMPLE, num_pages=8)
 
 
@@ -170,6 +170,17 @@ def test_what_needs_a_look_is_no_column(fields: dict[str, Any], is_column: bool)
     for _ in range(10):
         run.turn()
     assert (len(run.plans[-1].steady) > 0) == is_column
+
+
+def test_few_sequences_are_no_columns() -> None:
+    run = Run(dataclasses.replace(AMPLE, steady_from=2), num_requests=2)
+    for _ in range(10):
+        run.turn()
+    assert len(run.plans[-1].steady) == 2
+    run.scheduler.abort(1)
+    for _ in range(PAGE_TOKENS):
+        run.turn()
+    assert len(run.plans[-1].steady) == 0, "it left when its page was full"
 
 
 def test_columns_of_events_are_events() -> None:

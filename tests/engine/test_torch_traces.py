@@ -21,7 +21,7 @@ from tests.unit.runner.test_batch_invariance import PARAMS
 
 NUM_PAGES, NUM_HOST_PAGES, NUM_SLOTS = 16, 24, 6
 MIN_PAGES, MAX_REQUESTS = 4, 6
-ROOMY = SchedulerLimits(NUM_PAGES, NUM_SLOTS, 1000, MAX_REQUESTS)
+ROOMY = SchedulerLimits(NUM_PAGES, NUM_SLOTS, 1000, MAX_REQUESTS, steady_from=1)
 BASES = tuple(tuple((7 * number * (1 + base) + base) % VOCAB_SIZE for number in range(200)) for base in range(2))
 
 
@@ -75,6 +75,7 @@ def traces(draw: st.DrawFn) -> tuple[SchedulerLimits, list[list[Order]]]:
         max_step_tokens=max_num_seqs + draw(st.sampled_from([0, 1, 17, 100, 500])),
         max_queued_requests=MAX_REQUESTS,
         has_prefix_cache=draw(st.sampled_from([True, True, False])),
+        steady_from=draw(st.sampled_from([1, 3])),
     )
     turns: list[list[Order]] = []
     for handle in range(1, draw(st.integers(2, MAX_REQUESTS)) + 1):
@@ -107,7 +108,7 @@ def test_every_request_gets_what_it_gets_alone(
 
 def test_such_traces_have_preemption_and_prefix_hits(runner: TorchRunner) -> None:
     """Else the property above would say little; the same kind of load, worked out to need both."""
-    limits = SchedulerLimits(5, 4, 40, MAX_REQUESTS, num_host_pages=NUM_HOST_PAGES)
+    limits = SchedulerLimits(5, 4, 40, MAX_REQUESTS, num_host_pages=NUM_HOST_PAGES, steady_from=1)
     prompt = BASES[0][:130]
     turns: list[list[Order]] = [
         [Add(GenerationRequest(handle, "", (*prompt, handle), 66, ignore_eos=True, sampling=PARAMS[1]))]
