@@ -96,7 +96,7 @@ class Masked(msgspec.Struct, frozen=True, tag=True):
 
 
 class Committed(msgspec.Struct, frozen=True, tag=True):
-    """The oldest plan in flight was committed."""
+    """The oldest plan in flight was committed; its result in the order of slots, since the order of rows is no decision."""
 
     result: StepResult
     now_ns: int
@@ -168,7 +168,8 @@ class RecordingScheduler(Scheduler):
 
     def commit(self, plan: StepPlan, result: StepResult, now_ns: int) -> list[Event]:
         """Write down, then take over."""
-        self._write(Committed(result, now_ns))
+        if self._file is not None:
+            self._write(Committed(_rearranged(result, *_orders_of_slots(plan)), now_ns))
         events = super().commit(plan, result, now_ns)
         if not self.has_work:
             self._write(None)
@@ -247,8 +248,30 @@ class Replay:
                 case Masked():
                     scheduler.masks(in_flight[-1])
                 case Committed(result, now_ns):
-                    scheduler.commit(in_flight.popleft(), result, now_ns)
+                    plan = in_flight.popleft()
+                    orders = [_inverse(order) for order in _orders_of_slots(plan)]
+                    scheduler.commit(plan, _rearranged(result, *orders), now_ns)
         return self
+
+
+def _orders_of_slots(plan: StepPlan) -> tuple[list[int], list[int]]:
+    """The rows that are sampled, and those whose prompts are scored, in the order of their slots; counted among themselves."""
+    sampled = [row.slot for row in plan.rows if row.is_sampled]
+    scored = [row.slot for row in plan.rows if row.num_prompt_logprobs is not None]
+    return sorted(range(len(sampled)), key=sampled.__getitem__), sorted(range(len(scored)), key=scored.__getitem__)
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def _rearranged(result: StepResult, sampled: list[int], scored: list[int]) -> StepResult:
+    """The same result with its entries in other orders."""
+    return StepResult(
+        tuple([result.token_ids[index] for index in sampled]),
+        tuple([result.log_probs[index] for index in sampled]) if result.log_probs else (),
+        tuple([result.prompt_log_probs[index] for index in scored]),
+    )
 
 
 def _queue(scheduler: Scheduler, request: GenerationRequest, now_ns: int, guide: Guide | None) -> None:

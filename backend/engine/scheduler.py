@@ -10,7 +10,7 @@ pages of lower-ranked ones out to the host (kv_memory.py), never the other way r
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from itertools import repeat
@@ -174,8 +174,8 @@ class Scheduler:
     def plan(self, now_ns: int) -> StepPlan | None:
         """The next step, or None when nothing can run: decodes first, then prefill chunks.
 
-        A stream that is far ahead of its client pauses, with everything it has, until `note_sent`. Memory is given out in the
-        order of ranks before that, so a sequence only ever takes pages of those behind it, which have no row in this step yet.
+        A stream far ahead of its client pauses, with everything it has, until `note_sent`. Unless pages are ample they are
+        given out in the order of ranks: a sequence only takes pages of those behind it, which have no row in this step yet.
         """
         is_steadiness_worth_it = len(self._running) >= self.limits.steady_from
         for sequence in self._steady.take_due():
@@ -217,9 +217,8 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult, now_ns: int) -> list[Event]:
         """Take over the ids of a finished step."""
         events, self._failures = self._failures, []
-        num_steady = len(plan.steady)
         late = self._commit_steady(plan, result, now_ns, events)
-        rows: Iterable[PlanRow] = plan.single_rows
+        rows, num_steady = plan.single_rows, len(plan.steady)
         drawn, log_probs = iter(result.token_ids[num_steady:]), iter(result.log_probs[num_steady:] or repeat(None))
         if late:
             rows, drawn, log_probs = in_planned_order(late, rows, drawn, log_probs, self._by_slot)
@@ -255,7 +254,7 @@ class Scheduler:
 
     def _commit_steady(self, plan: StepPlan, result: StepResult, now_ns: int, events: list[Event]) -> list[LateRow]:
         """Take over the ids of steady rows; those that must be looked at one by one come back, and are not steady any more."""
-        committed = self._steady.commit(plan.steady, result.token_ids[: len(plan.steady)], now_ns)
+        committed = self._steady.commit(plan.step, plan.steady, result.token_ids[: len(plan.steady)], now_ns)
         for sequence in committed.left:
             insort(self._watched, sequence, key=rank_of)
         if committed.plain is not None:
@@ -267,12 +266,14 @@ class Scheduler:
         return committed.late
 
     def _turn_page(self, sequence: Sequence) -> bool:
-        """Let a steady sequence that is due go on with its next page, if there are so many that nobody must wait for his turn."""
-        if self._memory.has_swapped or self._memory.pool.num_available < self._most_pages_a_step:
+        """Give a steady sequence that is due its next page at once if there are more than a step can want; False: it leaves."""
+        are_ample = self._memory.pool.num_available >= self._most_pages_a_step and not self._memory.has_swapped
+        if not are_ample or not self._steady.needs_page(sequence):
             return False
-        return self._memory.prepare(sequence.kv, self._steady.position(sequence) + 1, ()) and self._steady.stay(
-            sequence
-        )
+        is_ready = self._memory.prepare(sequence.kv, self._steady.position(sequence) + 1, ())
+        assert is_ready, "pages are ample"
+        self._steady.turn_page(sequence)
+        return True
 
     def _leave(self, sequence: Sequence) -> None:
         """Let every step look at a sequence that was steady."""

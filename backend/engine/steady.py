@@ -2,14 +2,15 @@
 
 Hundreds of sequences decode at a time, and looking at each of them in each step is what a step costs the host. Most need no look:
 how far they are follows from the step's number. So a sequence that is sure to decode for a while becomes *steady*: its row is a
-place in a few arrays, its ids go into a table, and its own fields stand still. When its foreseeable time is over (it is due), or
-anything happens to it, it leaves, gets its fields back, and is looked at one by one like any other; then it may come back.
+place in a few arrays, its ids go into a table, and its own fields stand still. When its foreseeable time is over it is due: where
+only its page is full, it gets the next one. Else, or when anything happens to it, it leaves, gets its fields back, and is looked
+at one by one like any other; then it may come back.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -64,7 +65,7 @@ class SteadySequences:
         self._sequences: list[Sequence] = []
         self._page_ids: list[tuple[int, ...]] = []
         self._slots = np.zeros(num_slots, dtype=np.int32)
-        self._offsets = np.zeros(num_slots, dtype=np.int32)  # the position that runs in a step, less the step's number
+        self._offsets = np.zeros(num_slots, dtype=np.int64)  # the position that runs in a step, less the step's number
         self._are_changed = True
         self._planned_slots: Int32Array = self._slots[:0]
         self._planned_page_ids: tuple[tuple[int, ...], ...] = ()
@@ -83,34 +84,41 @@ class SteadySequences:
         return sequence.slot >= 0 and bool(self._places[sequence.slot] >= 0)
 
     def take_due(self) -> list[Sequence]:
-        """Those that somebody must look at before the next step is planned: each must `leave`, or `stay` with another page."""
+        """Those that somebody must look at before the next step is planned: each must `leave`, or `turn_page`."""
         return [
             self._sequences[self._places[slot]]
             for slot, joined in self._due.pop(self.num_planned, ())
             if self._places[slot] >= 0 and self._joined[slot] == joined
         ]
 
-    def stay(self, sequence: Sequence) -> bool:
-        """Go on with a due sequence whose next position has its page now; False when it must leave."""
+    def needs_page(self, sequence: Sequence) -> bool:
+        """Whether all that a due sequence lacks is its next page."""
         self.catch_up(sequence)
-        slot, start, step = sequence.slot, self.position(sequence), self.num_planned
-        num_in_flight = sequence.num_in_flight + step - max(int(self._since[slot]), self._num_committed)
-        num_steps = _num_steady_steps(sequence, start, num_in_flight)
-        if num_steps < _LEAST_STEPS:
-            return False
-        sequence.num_planned_tokens = start
+        is_full = self.position(sequence) == sequence.table.num_ready_tokens
+        return is_full and self._num_steps_with_pages(sequence) >= _LEAST_STEPS
+
+    def turn_page(self, sequence: Sequence) -> None:
+        """Go on with a due sequence that has the page now that it needed."""
+        slot, step, num_steps = sequence.slot, self.num_planned, self._num_steps_with_pages(sequence)
+        sequence.num_planned_tokens = self.position(sequence)
         self._joined[slot] = step
         self._page_ids[self._places[slot]] = sequence.table.page_ids
-        self._due[step + num_steps].append((slot, step))
+        self._due[step + min(num_steps, PAGE_TOKENS)].append((slot, step))
         self._are_changed = True
-        return True
+
+    def _num_steps_with_pages(self, sequence: Sequence) -> int:
+        """How long a sequence here could go on if it had the pages."""
+        num_steady_in_flight = self.num_planned - max(int(self._since[sequence.slot]), self._num_committed)
+        return _num_steps(sequence, self.position(sequence), sequence.num_in_flight + num_steady_in_flight)
 
     def join(self, sequence: Sequence) -> bool:
         """Take in a decoding sequence whose next position has its page, from the next plan on; False when it is not steady."""
         if not sequence.is_plain:
             return False
         start, table = sequence.num_planned_tokens, sequence.table
-        num_steps = _num_steady_steps(sequence, start, sequence.num_in_flight)
+        num_steps = min(
+            _num_steps(sequence, start, sequence.num_in_flight), table.num_ready_tokens - start, PAGE_TOKENS
+        )
         if num_steps < _LEAST_STEPS:
             return False
         place, slot, step = len(self._sequences), sequence.slot, self.num_planned
@@ -171,12 +179,13 @@ class SteadySequences:
         if self._are_changed:
             self._planned_slots, self._planned_page_ids = self._slots[:num_rows].copy(), tuple(self._page_ids)
             self._are_changed = False
-        starts = self._offsets[:num_rows] + np.int32(self.num_planned)
+        starts = (self._offsets[:num_rows] + self.num_planned).astype(np.int32)
         self.num_planned += 1
         return SteadyRows(self._planned_slots, starts, self._planned_page_ids)
 
-    def commit(self, rows: SteadyRows, token_ids: tuple[int, ...], now_ns: int) -> CommittedRows:
-        """Take over the ids of a step's steady rows; every step, also one without such rows."""
+    def commit(self, step: int, rows: SteadyRows, token_ids: tuple[int, ...], now_ns: int) -> CommittedRows:
+        """Take over the ids of a step's steady rows; of every step in turn, also one without such rows."""
+        assert step == self._num_committed, f"step {step} is committed, and not {self._num_committed}"
         if not token_ids:
             self._num_committed += 1
             return _NOTHING
@@ -201,6 +210,7 @@ class SteadySequences:
             for index in np.flatnonzero(rows.starts % PAGE_TOKENS == PAGE_TOKENS - 1).tolist()
             if are_plain[index]
         ]
+        full.sort(key=lambda each: each[0].rank)
         if late:
             slots, ids, num_bytes = slots[are_plain], ids[are_plain], num_bytes[are_plain]
         plain = PlainTokens(self._handles[slots].tolist(), ids.tolist(), num_bytes.tolist()) if len(slots) else None
@@ -209,11 +219,11 @@ class SteadySequences:
 
 def in_planned_order(
     late: list[LateRow],
-    rows: Iterable[PlanRow],
+    rows: tuple[PlanRow, ...],
     drawn: Iterator[int],
     log_probs: Iterator[TokenLogProbs | None],
     by_slot: Mapping[int, Sequence],
-) -> tuple[Iterable[PlanRow], Iterator[int], Iterator[TokenLogProbs | None]]:
+) -> tuple[tuple[PlanRow, ...], Iterator[int], Iterator[TokenLogProbs | None]]:
     """Rows, and what was drawn for those that are sampled, with the late ones where they would be had they never been steady.
 
     That is decodes before prompts, each by rank; so what is given back is given back in the same order.
@@ -227,22 +237,14 @@ def in_planned_order(
 
     taken.sort(key=place)
     sampled = [(token_id, log_prob) for _, token_id, log_prob in taken if token_id is not None]
-    return (
-        [row for row, _, _ in taken],
-        iter([token_id for token_id, _ in sampled]),
-        iter([each for _, each in sampled]),
-    )
+    ids, scores = iter([token_id for token_id, _ in sampled]), iter([log_prob for _, log_prob in sampled])
+    return tuple([row for row, _, _ in taken]), ids, scores
 
 
-def _num_steady_steps(sequence: Sequence, start: int, num_in_flight: int) -> int:
-    """How long a plain sequence is steady from position `start` on: until its page is full, its client behind, or its end near.
+def _num_steps(sequence: Sequence, start: int, num_in_flight: int) -> int:
+    """How long a plain sequence could be steady from position `start` on, but for pages: until its client is behind, or its end.
 
     Its last row is planned one by one, so that no id of a steady row is the last.
     """
     group = sequence.group
-    return min(
-        sequence.decode_end - 1 - start,
-        sequence.table.num_ready_tokens - start,
-        group.most_unsent - group.num_unsent - num_in_flight,
-        PAGE_TOKENS,
-    )
+    return min(sequence.decode_end - 1 - start, group.most_unsent - group.num_unsent - num_in_flight)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from backend.engine import messages
 from backend.engine.engine import Engine
-from backend.engine.events import EngineStats, Event, FailureKind, RequestFailed, TokenEvent
+from backend.engine.events import EngineStats, Event, FailureKind, PlainTokens, RequestFailed, TokenEvent
 from backend.engine.outbox import MOST_EVENTS, MessageQueue, Outbox
 from backend.engine.plan import TokenLogProbs
 from backend.engine.request import GenerationRequest, SamplingParams
@@ -45,6 +46,18 @@ def events_of(handle: int, token_ids: list[list[int]], order: list[int], has_log
     return events
 
 
+def in_columns(events: list[TokenEvent]) -> tuple[list[TokenEvent], PlainTokens | None]:
+    """The events of a step with those as columns that may be, as a Scheduler gives them."""
+    counts = Counter(event.handle for event in events)
+    plain, singles = list[TokenEvent](), list[TokenEvent]()
+    for event in events:
+        as_column = TokenEvent(event.handle, 0, event.token_ids, event.token_ids, 0, event.text_take_bytes, False, None)
+        is_plain = event == as_column and len(event.token_ids) == 1 and event.text_take_bytes > 0
+        (plain if is_plain and counts[event.handle] == 1 else singles).append(event)
+    columns = [(event.handle, event.token_ids[0], event.text_take_bytes) for event in plain]
+    return singles, PlainTokens(*map(list, zip(*columns, strict=True))) if columns else None
+
+
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[list[messages.Step], list[bool]]:
     """Steps of some requests at once, in any interleaving, some of which fail; and after which steps the owner reads."""
@@ -64,8 +77,17 @@ def runs(draw: st.DrawFn) -> tuple[list[messages.Step], list[bool]]:
                     failed.append(RequestFailed(handle, FailureKind.INVALID, "too complex"))
             if not left[handle]:
                 del left[handle]
-        steps.append(messages.Step(tuple(tokens), tuple(failed), stats(len(steps))))
+        singles, plain = in_columns(tokens) if draw(st.booleans()) else (tokens, None)
+        steps.append(messages.Step(tuple(singles), tuple(failed), stats(len(steps)), plain))
     return steps, draw(st.lists(st.booleans(), min_size=len(steps), max_size=len(steps)))
+
+
+def over_the_wire(message: messages.FromEngine) -> messages.FromEngine:
+    """As the owner gets it."""
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs:
+        messages.send(ours, message)
+        return messages.receive_from_engine(theirs)
 
 
 def sequences_of(steps: Sequence[messages.Step]) -> dict[tuple[int, int], list[TokenEvent]]:
@@ -98,7 +120,7 @@ def test_joined_steps_say_the_same(run: tuple[list[messages.Step], list[bool]], 
         queue.put(step)
         waiting.append(step)
         if is_read:
-            message = queue.take()
+            message = over_the_wire(queue.take())
             assert isinstance(message, messages.Step)
             assert not queue, "one message holds all steps"
             assert message.stats == step.stats, "the latest load"

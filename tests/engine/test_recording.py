@@ -128,16 +128,22 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
     return read_vocabulary(folder)
 
 
+@pytest.mark.parametrize("steady_from", [1, 64])
 @pytest.mark.parametrize("name", ["roomy", "tight"])
-def test_recordings_of_a_server_under_load_give_the_same_plans(vocabulary: Vocabulary, name: str) -> None:
+def test_recordings_of_a_server_under_load_give_the_same_plans(
+    vocabulary: Vocabulary, name: str, steady_from: int
+) -> None:
     """A refactor must decide as before; one that is meant to decide otherwise records anew (that folder says how)."""
     compiler = GuideCompiler(vocabulary)
     with gzip.open(RECORDINGS / f"{name}.rec.gz") as file:
-        replay = Replay().play(
-            read_frames(file),  # type: ignore[arg-type]
-            vocabulary.token_bytes,
-            lambda spec, num_matchers: compiler.compile(spec.kind, spec.text, num_matchers),
-        )
+        began, *frames = read_frames(file)  # type: ignore[arg-type]
+    assert isinstance(began, Began)
+    limits = replace(began.limits, steady_from=steady_from)
+    replay = Replay().play(
+        iter([Began(limits, began.eos_id, began.vocabulary_digest), *frames]),
+        vocabulary.token_bytes,
+        lambda spec, num_matchers: compiler.compile(spec.kind, spec.text, num_matchers),
+    )
     compiler.close()
     assert replay.difference == ""
     assert replay.num_requests > 50
