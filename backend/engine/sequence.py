@@ -112,11 +112,10 @@ class Sequence:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it decodes and each id that comes with text of its own is told at once, as it is and alone, until the last."""
+        """Whether each id that is drawn freely and has text of its own is told at once, as it is and alone, until the last."""
         request = self.request
         return (
             self.phase is Phase.DECODE
-            and self.guide is None
             and self.is_text_free
             and request.num_logprobs is None
             and request.num_return_sequences == 1

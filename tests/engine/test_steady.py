@@ -73,6 +73,10 @@ class Run:
         self.scheduler.check_integrity()
         return plan
 
+    @property
+    def is_in_flight(self) -> bool:
+        return self._in_flight is not None
+
     def commit(self, token_id: int) -> None:
         assert self._in_flight is not None
         num_drawn = sum(row.is_sampled for row in self._in_flight.rows)
@@ -170,6 +174,40 @@ def test_what_needs_a_look_is_no_column(fields: dict[str, Any], is_column: bool)
     for _ in range(10):
         run.turn()
     assert (len(run.plans[-1].steady) > 0) == is_column
+
+
+@pytest.mark.parametrize("max_unsent_tokens", [5, 9, 20, 63, 64, 65, 100, 130])
+@pytest.mark.parametrize("limits", [AMPLE, SCARCE])
+def test_a_column_pauses_where_its_client_is_behind(limits: SchedulerLimits, max_unsent_tokens: int) -> None:
+    """As far as a sequence that is looked at in each step, and not a token or a page further."""
+
+    def played(is_steady: bool) -> list[tuple[int, int]]:
+        run = Run(dataclasses.replace(limits, max_unsent_tokens=max_unsent_tokens, steady_from=1 if is_steady else 9))
+        paused = []
+        while run.scheduler.has_work:
+            while run.turn() is not None or run.is_in_flight:
+                pass
+            paused.append((len(run.ids()), run.scheduler.stats().num_pages_held))
+            run.scheduler.note_sent({1: 7})
+        assert any(len(plan.steady) for plan in run.plans) == is_steady
+        return paused
+
+    paused = played(is_steady=True)
+    assert paused == played(is_steady=False)
+    # What is in flight when the bound is reached still counts.
+    assert paused[0][0] in (max_unsent_tokens, max_unsent_tokens + 1)
+    assert paused[-1][0] == 200
+
+
+def test_full_pages_of_columns_are_found_by_prompts() -> None:
+    run = Run(AMPLE)
+    while run.turn() is not None:
+        pass
+    run.scheduler.add(GenerationRequest(2, "", (A,) * 150, 1), 0)
+    while run.turn() is not None or run.is_in_flight:
+        pass
+    assert run.events[-1].finish is not None
+    assert run.events[-1].finish.num_cached_tokens == 2 * PAGE_TOKENS
 
 
 def test_few_sequences_are_no_columns() -> None:
