@@ -58,13 +58,15 @@ class Run:
         for handle in range(1, num_requests + 1):
             request = GenerationRequest(handle, "", (A,) * 10, **{"max_tokens": 200, "stream": True} | fields)
             self.scheduler.add(request, 0)
+        self.now_ns = 0
         self.plans: list[StepPlan] = []
         self.events: list[TokenEvent] = []
         self._in_flight: StepPlan | None = None
 
     def turn(self, token_id: int = A) -> StepPlan | None:
         """Plan, then commit the step before."""
-        plan = self.scheduler.plan(1)
+        self.now_ns += 1
+        plan = self.scheduler.plan(self.now_ns)
         if self._in_flight is not None:
             self.commit(token_id)
         self._in_flight = plan
@@ -80,7 +82,7 @@ class Run:
     def commit(self, token_id: int) -> None:
         assert self._in_flight is not None
         num_drawn = sum(row.is_sampled for row in self._in_flight.rows)
-        events = self.scheduler.commit(self._in_flight, StepResult((token_id,) * num_drawn), 1)
+        events = self.scheduler.commit(self._in_flight, StepResult((token_id,) * num_drawn), self.now_ns)
         self.events += [event for event in one_by_one(events) if isinstance(event, TokenEvent)]
 
     def ids(self) -> list[int]:
@@ -154,6 +156,7 @@ def test_a_request_that_is_taken_back_knows_how_far_it_came() -> None:
     assert isinstance(event, TokenEvent)
     assert event.finish is not None
     assert event.finish.num_output_tokens == len(run.ids()) == 29
+    assert event.finish.last_token_time_ns == run.now_ns
     assert run.turn() is None
     assert not run.scheduler.has_work
 
