@@ -23,7 +23,7 @@ from backend.engine.sequence import Sequence
 _LEAST_STEPS = 4
 """A sequence that would have to leave sooner is not worth its way in and out."""
 _KEPT_STEPS = 2 * PAGE_TOKENS
-"""Steps whose ids are kept. Nobody stays for longer than a page, and no more steps than that are in flight."""
+"""Steps whose ids are kept. Everyone catches up after a page at the latest, and no more steps than that are in flight."""
 _NEVER = 2**62
 Int32Array = npt.NDArray[np.int32]
 LateRow = tuple[PlanRow, int]
