@@ -95,8 +95,6 @@ class SteadyRows:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SteadyRows) and self.rows() == other.rows()
 
-    __hash__ = None  # type: ignore[assignment]
-
     def row(self, index: int) -> PlanRow:
         """One of them by itself."""
         return PlanRow(int(self.slots[index]), int(self.starts[index]), 1, (), self.page_ids[index], True)

@@ -223,7 +223,7 @@ def test_an_owner_that_does_not_read_holds_nothing_up_and_gets_everything() -> N
 def test_a_loop_whose_owner_reads_nothing_serves_to_the_end() -> None:
     """All of it, through a socket that is full long before; what the owner reads then is complete."""
     num_sequences, num_tokens = 32, 2000
-    limits = SchedulerLimits(num_sequences * 32, num_sequences, 512, num_sequences)
+    limits = SchedulerLimits(num_sequences * 32, num_sequences, 512, num_sequences, steady_from=1)
     runner = FakeRunner(num_pages=limits.num_pages, max_num_seqs=num_sequences, first_id=0)
     ours, theirs = socket.socketpair()
     outbox, owner = Outbox(Connection(ours.detach())), Connection(theirs.detach())

@@ -13,15 +13,7 @@ from backend.engine.scheduler import SchedulerLimits
 from tests.engine.device import VOCAB_SIZE
 from tests.engine.trace import Abort, Add, Order, Pass, Trace
 
-LIMITS = SchedulerLimits(
-    num_pages=4,
-    num_host_pages=12,
-    max_num_seqs=4,
-    max_step_tokens=80,
-    max_queued_requests=64,
-    has_prefix_cache=False,
-    steady_from=1,
-)
+LIMITS = SchedulerLimits(4, 4, 80, 64, num_host_pages=12, has_prefix_cache=False, steady_from=1)
 
 
 def ask(handle: int, num_prompt: int = 60, max_tokens: int = 100, **fields: Any) -> GenerationRequest:

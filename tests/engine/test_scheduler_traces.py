@@ -76,8 +76,9 @@ def limits_of_traces(draw: st.DrawFn) -> SchedulerLimits:
         max_queued_tokens=draw(st.sampled_from([0, 0, 100])),
         default_deadline_ms=draw(st.sampled_from([0, 0, 20])),
         has_prefix_cache=draw(st.sampled_from([True, True, False])),
-        max_unsent_tokens=draw(st.sampled_from([0, 0, 1, 5])),
+        max_unsent_tokens=draw(st.sampled_from([0, 0, 1, 5, 8, 20])),
         steady_from=draw(st.sampled_from([1, 1, 3])),
+        caches_outputs=draw(st.sampled_from([True, True, False])),
     )
 
 

@@ -19,15 +19,15 @@ from tests.triton.live_server import PROJECT, all_pids, command_line, kill, read
 TIMEOUT_S = 20.0
 PREFIX = f"nemo_test_{uuid.uuid4().hex[:12]}_"
 # A supervisor that starts "tritonserver": a shell with a child, the stub, that ends for nothing but SIGKILL.
-SUPERVISOR = f"""
+SUPERVISOR = """
     import os, subprocess, sys, time
-    sys.path.insert(0, {str(PROJECT)!r})
+    project, run_folder, prefix, *other_pid = sys.argv[1:]
+    sys.path.insert(0, project)
     from backend.server_launch import RUN_DIR_VARIABLE, command_line
-    run_folder, prefix = sys.argv[1:]
     server = ["/bin/sh", "-c", "(trap '' HUP INT TERM; while :; do sleep 1000; done) & echo started; wait"]
     command = command_line(run_folder, prefix, server)
-    {{0}}
-    environment = os.environ | {{{{RUN_DIR_VARIABLE: run_folder}}}}
+    command[3:4] = other_pid or command[3:4]
+    environment = os.environ | {RUN_DIR_VARIABLE: run_folder}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         print(process.stdout.readline().strip(), process.pid, flush=True)
         process.wait()
@@ -39,14 +39,14 @@ SUPERVISOR = f"""
 class Launched:
     """A supervisor, its server, and what is left of them."""
 
-    def __init__(self, folder: Path, before: str = "") -> None:
+    def __init__(self, folder: Path, *other_pid: str) -> None:
         self.run_folder = folder / "run"
         self.run_folder.mkdir()
         (self.run_folder / "postprocessing.json").write_text("{}")
         self.memory = Path("/dev/shm", f"{PREFIX}0")
         self.memory.write_text("")
-        code = textwrap.dedent(SUPERVISOR).format(before)
-        command = [sys.executable, "-c", code, str(self.run_folder), PREFIX]
+        code = textwrap.dedent(SUPERVISOR)
+        command = [sys.executable, "-c", code, str(PROJECT), str(self.run_folder), PREFIX, *other_pid]
         self.supervisor = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def wait_until_started(self) -> int:
@@ -116,7 +116,7 @@ def test_the_guard_stays_when_its_group_is_told_to_end(launched: Launched) -> No
 
 def test_a_server_without_its_supervisor_does_not_start(tmp_path: Path) -> None:
     """The supervisor was killed before its server could ask to be killed with it: then its pid is not the parent's."""
-    launched = Launched(tmp_path, "command[3] = '1' if command[3] != '1' else '2'")
+    launched = Launched(tmp_path, str(os.getpid()))
     try:
         launched.assert_nothing_left()
         assert launched.supervisor.stdout is not None
